@@ -1,0 +1,2623 @@
+"""Server-side sessions that hold typed components, for any WSGI application: one file, no dependencies.
+
+You *adapt* a request to its session, and a session to what you want of it::
+
+    from minisess import Interface, ISession, Session, SessionMiddleware, implementer, registerAdapter
+
+    class ICounter(Interface):
+        hits: int
+
+    @implementer(ICounter)
+    class Counter:
+        def __init__(self, session):
+            self.hits = 0
+
+    registerAdapter(Counter, Session, ICounter)
+
+    def app(environ, start_response):
+        counter = ICounter(ISession(environ))     # made on first use, the same object ever after
+        counter.hits += 1
+        ...
+
+    application = SessionMiddleware(app)
+
+The vocabulary is that of Nevow and Twisted (2004).  The file reads from top to bottom, and
+each section uses only what stands above it:
+
+    Errors             what can go wrong, and what to do about it
+    Interfaces         Interface, implementer, registerAdapter: how IFoo(obj) finds its answer
+    Components         Componentized, Adapter: objects that remember what they were adapted to
+    Sessions           ISession, Session: one visitor's components, attributes and deadlines
+    Memory store       IStore, MemoryStore: what every store promises, and the one for one process
+    Persistent stores  sealed records for many processes and hosts: SQLite, PostgreSQL, Redis
+    Cookies            reading one, writing one
+    WSGI               SessionMiddleware: each request gets its session, each response its headers
+"""
+
+# mypy: disable-error-code="empty-body"
+
+from __future__ import annotations
+
+import copyreg
+import gc
+import io
+import os
+import pickle
+import random
+import sys
+import time
+import weakref
+from heapq import heappop, heappush
+from threading import Condition, Lock, RLock, get_ident
+
+TYPE_CHECKING = False  # As typing's, which takes 5 ms to import.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any, TypeVar, overload
+
+    D = TypeVar("D")
+    I = TypeVar("I", bound="Interface")  # noqa: E741
+    T = TypeVar("T")
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterRegistry",
+    "CannotAdapt",
+    "Componentized",
+    "DuplicateAdapter",
+    "GuardSession",
+    "ISession",
+    "IStore",
+    "Interface",
+    "InterfaceMeta",
+    "MemoryStore",
+    "NotStorable",
+    "PersistentStore",
+    "PostgresStore",
+    "RedisStore",
+    "SQLiteStore",
+    "SealError",
+    "Session",
+    "SessionBusy",
+    "SessionConflict",
+    "SessionError",
+    "SessionMiddleware",
+    "StoreError",
+    "implementedBy",
+    "implementer",
+    "providedBy",
+    "registerAdapter",
+    "registry",
+    "storable",
+]
+
+
+# Errors
+# ---------------------------------------------------------------------------
+
+
+class SessionError(Exception):
+    """Base of all errors of this module."""
+
+
+class CannotAdapt(SessionError, TypeError):
+    """*original* has no answer for *interface*, and no default was given."""
+
+    def __init__(self, original: object, interface: type, advice: str | None = None) -> None:
+        #: The object that was to be adapted, and the interface asked for.
+        self.original, self.interface = original, interface
+        kind, name = type(original).__name__, interface.__name__
+        super().__init__(
+            f"cannot adapt {kind} to {name}: "
+            + (advice or f"registerAdapter(factory, {kind}, {name}), or give a default: {name}(obj, None)")
+        )
+
+
+class DuplicateAdapter(SessionError, ValueError):
+    """There is an adapter for this pair already; ``registry.unregister`` it first."""
+
+    def __init__(self, factory: object, original: type, interface: type) -> None:
+        #: The factory that was registered before, and the pair it serves.
+        self.factory, self.original, self.interface = factory, original, interface
+        super().__init__(
+            f"{original.__name__} has an adapter to {interface.__name__} already, {factory!r}: "
+            "take it out with registry.unregister before you register another"
+        )
+
+
+class SessionBusy(SessionError, TimeoutError):
+    """Another request of the same session didn't let go of it within *patience* seconds."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        super().__init__(
+            f"another request has held this session for over {patience:g} s: make that request shorter, "
+            "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)"
+        )
+
+
+class SessionConflict(SessionError, RuntimeError):
+    """The request outlasted its lease, and a later one changed the session: nothing was saved."""
+
+    def __init__(self, lease: float) -> None:
+        self.lease = lease
+        super().__init__(
+            f"the request took longer than its lease of {lease:g} s and another one has changed the session "
+            "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part"
+        )
+
+
+class StoreError(SessionError):
+    """The store can't be reached or can't do what was asked; the session is as it was."""
+
+
+class NotStorable(StoreError, TypeError):
+    """A component (or attribute) can't be written to a persistent store."""
+
+    def __init__(self, name: str, offender: str) -> None:
+        #: What is kept on the session, and what in it can't be stored.
+        self.name, self.offender = name, offender
+        super().__init__(
+            f"{name} can't be stored, it contains {offender}: decorate a class with @storable (or @implementer), "
+            "leave open files, locks and functions out of components (see __getstate__), or use a MemoryStore"
+        )
+
+
+class SealError(SessionError, ValueError):
+    """A record isn't what this store wrote.  Stores turn it into "no such session" and log it."""
+
+
+_SALT = os.urandom(16)
+
+
+def _tag(uid: str) -> str:
+    """Eight characters that stand for *uid* in logs: the same within a process, useless outside it."""
+    from hashlib import blake2b
+
+    return blake2b(uid.encode(), key=_SALT, digest_size=4).hexdigest()
+
+
+def _log(level: int, uid: str, message: str, *args: object, exc_info: bool = False) -> None:
+    """Log to ``logging.getLogger("minisess")`` what happened to the session *uid*, which is never shown.
+
+    Strategy: importing logging takes longer than all else here together.  While nobody has
+    imported it nobody listens, except to warnings (30 and up), which Python shows by itself.
+    """
+    if "logging" not in sys.modules and level < 30:
+        return
+    import logging
+
+    logger = logging.getLogger("minisess")
+    if logger.isEnabledFor(level):
+        logger.log(level, "session %s " + message, _tag(uid), *args, exc_info=exc_info)
+
+
+# Interfaces
+# ---------------------------------------------------------------------------
+
+
+class _Missing:
+    """The type of "no such argument", for which None won't do."""
+
+
+_MISSING: Any = _Missing()
+
+# What an interface remembers of a type, besides None (nothing) and a callable (the adapter):
+_ITSELF: Any = object()  # the object is the answer
+_KEPT: Any = object()  # look into obj._components first
+
+# Interfaces by name, for records that name them.
+_interfaces: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class InterfaceMeta(type):
+    """The type of interfaces: calling one adapts, it never makes an instance."""
+
+    #: The registry that interfaces ask.
+    registry: AdapterRegistry
+
+    if TYPE_CHECKING:
+        _plans: dict[type, Any]
+        __advice__: str | None
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> InterfaceMeta:
+        for base in bases:
+            if not isinstance(base, InterfaceMeta):
+                raise TypeError(f"{name} is an interface and can only extend interfaces, not {base.__name__}")
+        cls = super().__new__(mcs, name, bases, {**namespace, "_plans": {}}, **options)
+        _interfaces[_name(cls)] = cls
+        return cls
+
+    # Checkers read the signatures of Interface.__new__ instead.
+    if not TYPE_CHECKING:
+
+        def __call__(cls, obj=_MISSING, default=_MISSING):
+            """Adapt *obj*; answer *default* where that can't be, or raise `CannotAdapt`.
+
+            The order is that of zope.interface: ``obj.__conform__(cls)``, then *obj* itself if its
+            class implements this interface, then the registered factory.
+
+            Strategy: one look-up by type finds what to do.  Trying __conform__ first, as
+            zope.interface does, costs five times as much for objects that have none.
+            """
+            try:
+                plan = cls._plans[type(obj)]
+            except KeyError:
+                plan = cls.registry.plan(cls, type(obj))
+            if plan is _KEPT:
+                try:
+                    return obj._components[cls]
+                except KeyError:
+                    answer = obj.__conform__(cls)
+                    if answer is not None:
+                        return answer
+            elif plan is _ITSELF:
+                return obj
+            elif plan is not None:
+                answer = plan(obj)
+                if answer is not None:
+                    return answer
+            if default is _MISSING:
+                raise CannotAdapt(obj, cls, cls.__advice__)
+            return default
+
+    def implementedBy(cls, other: type) -> bool:
+        """Do instances of class *other* provide this interface?  The same as ``issubclass(other, cls)``."""
+        return isinstance(other, type) and cls in cls.registry.order(other)
+
+    def providedBy(cls, obj: object) -> bool:
+        """Does *obj* provide this interface?  The same as ``isinstance(obj, cls)``."""
+        return cls in cls.registry.order(type(obj))
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return cls.implementedBy(other)
+
+    def __instancecheck__(cls, obj: object) -> bool:
+        return cls.providedBy(obj)
+
+
+class Interface(metaclass=InterfaceMeta):
+    """Subclass it to name what objects can do; the body holds annotations and method stubs.
+
+    ``IFoo(obj)`` reads "adapt obj to IFoo": it answers an object that provides IFoo, made from
+    *obj* where needed, or raises `CannotAdapt`; ``IFoo(obj, default)`` answers *default* instead.
+    """
+
+    __slots__ = ()
+
+    #: What CannotAdapt recommends, if not to register an adapter.
+    __advice__: str | None = None
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __new__(cls: type[I], obj: object) -> I: ...
+        @overload
+        def __new__(cls: type[I], obj: object, default: D) -> I | D: ...  # type: ignore[misc]
+        def __new__(cls, obj: object, default: Any = ...) -> Any: ...
+
+
+# What `implementer` declared, by class.
+_declared: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+# Classes by name that may be part of a stored record, see `storable`.
+_storables: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+
+# `__conform__` functions that answer from obj._components first, and the getComponent they call.
+_keepers: dict[Any, Any] = {}
+
+# Guards declarations, registrations and what is worked out from them; look-ups that are
+# remembered take no lock.
+_lock = RLock()
+
+
+def _require_interfaces(interfaces: Iterable[object]) -> None:
+    for interface in interfaces:
+        if not isinstance(interface, InterfaceMeta):
+            raise TypeError(f"{interface!r} isn't an interface: subclass minisess.Interface")
+
+
+def _bases(node: type) -> tuple[type, ...]:
+    """What stands directly above a class or interface: declared interfaces first, then base classes."""
+    if isinstance(node, InterfaceMeta):
+        return tuple(base for base in node.__bases__ if base is not object)
+    return (*_declared.get(node, ()), *node.__bases__)
+
+
+def _depth_first(node: type) -> list[type]:
+    """*node* and all above it, depth first, each at the last of its places."""
+    found = [node]
+    for base in _bases(node):
+        found += _depth_first(base)
+    return list(reversed(dict.fromkeys(reversed(found))))
+
+
+def _merge(sequences: list[list[type]]) -> list[type] | None:
+    """The C3 merge of Python's own method resolution order; None where there is no consistent order."""
+    merged: list[type] = []
+    while sequences := [s for s in sequences if s]:
+        for candidate in (s[0] for s in sequences):
+            if not any(candidate in s[1:] for s in sequences):
+                break
+        else:
+            return None
+        merged.append(candidate)
+        for s in sequences:
+            if s[0] is candidate:
+                del s[0]
+    return merged
+
+
+def _special(kind: type, name: str) -> Any:
+    """The attribute *name* as Python looks up special methods: on the type, not on its metaclass."""
+    for base in kind.__mro__:
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return None
+
+
+def _conforming(conform: Any, interface: Any, kind: type, fallback: Any) -> Callable[[Any], Any]:
+    """The plan for a type with a `__conform__` of its own."""
+    bind = getattr(conform, "__get__", None)
+
+    def plan(obj: Any) -> Any:
+        answer = (bind(obj, kind) if bind else conform)(interface)
+        if answer is not None:
+            return answer
+        if fallback is _ITSELF:
+            return obj
+        return None if fallback is None else fallback(obj)
+
+    return plan
+
+
+class AdapterRegistry:
+    """Adapter factories by what they adapt from and to.  `registry` is the one that interfaces ask."""
+
+    def __init__(self) -> None:
+        self._factories: dict[type, dict[type, Any]] = {}
+        # All target interfaces, in the order in which they are tried for one of their bases:
+        # a derived interface after its bases, and of unrelated ones the newest first (as zope.interface).
+        self._targets: list[type] = []
+        # What was worked out, until something changes:
+        self._orders: dict[type, tuple[type, ...]] = {}
+        self._found: dict[tuple[type, type], Any] = {}
+
+    def register(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
+        """Make ``factory(obj)`` adapt objects of *original*, a class or an interface, to each of *interfaces*.
+
+        Raises `DuplicateAdapter` if a pair is taken (by the same factory, too) and TypeError for
+        what can't be an adapter; then nothing of the call is registered.
+        """
+        if not callable(factory):
+            raise TypeError(f"an adapter factory is called with the object to adapt, {factory!r} can't be called")
+        if not isinstance(original, type):
+            raise TypeError(f"adapters are registered for a class or an interface, not for {original!r}")
+        if not interfaces:
+            raise TypeError("registerAdapter(factory, original, *interfaces) needs at least one interface")
+        _require_interfaces(interfaces)
+        with _lock:
+            known = self._factories.get(original, {})
+            for interface in interfaces:
+                if interface in known:
+                    raise DuplicateAdapter(known[interface], original, interface)
+            for interface in interfaces:
+                self._factories.setdefault(original, {})[interface] = factory
+                if interface not in self._targets:
+                    bases = [t for t in self._targets if issubclass(interface, t)]
+                    others = [t for t in self._targets if not issubclass(interface, t)]
+                    self._targets = [*bases, interface, *others]
+            if isinstance(factory, type):
+                _storables[_name(factory)] = factory
+            self.forget()
+
+    def unregister(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
+        """Undo `register` of the same arguments.  Raises KeyError for what isn't registered."""
+        with _lock:
+            known = self._factories.get(original, {})
+            for interface in interfaces:
+                if known.get(interface) is not factory:
+                    raise KeyError((factory, original, interface))
+            for interface in interfaces:
+                del known[interface]
+            if not known:
+                self._factories.pop(original, None)
+            targets = {t for known in self._factories.values() for t in known}
+            self._targets = [t for t in self._targets if t in targets]
+            self.forget()
+
+    def lookup(self, original: type, interface: type, default: Any = None) -> Any:
+        """The factory that adapts objects of *original*, a class or an interface, to *interface*, or *default*.
+
+        The most specific source wins; for one source, an adapter registered for a derived
+        interface also answers for its bases, the closest first.
+        """
+        factory = self._found.get((original, interface), _MISSING)
+        if factory is _MISSING:
+            with _lock:
+                factory = self._found[original, interface] = self._search(original, interface)
+        return default if factory is None else factory
+
+    def _search(self, original: type, interface: type) -> Any:
+        for source in self.order(original):
+            known = self._factories.get(source)
+            if known:
+                for target in self._targets:
+                    if target in known and issubclass(target, interface):
+                        return known[target]
+        return None
+
+    def order(self, node: type) -> tuple[type, ...]:
+        """The classes and interfaces from *node* upwards, most specific first: C3, as zope.interface has it.
+
+        Declarations that C3 can't order (a base before its derived interface) fall back on depth
+        first, which still puts the derived one first.  `Interface` is always last.
+        """
+        order = self._orders.get(node)
+        if order is None:
+            with _lock:
+                bases = _bases(node)
+                merged = _merge([[node], *(list(self.order(base)) for base in bases), list(bases)])
+                rest = (n for n in merged or _depth_first(node) if n is not Interface)
+                order = self._orders[node] = (*rest, Interface)
+        return order
+
+    def direct(self, interface: Any, kind: type) -> Any:
+        """How objects of type *kind* adapt to *interface* when they have no say in it."""
+        return _ITSELF if interface in self.order(kind) else self.lookup(kind, interface)
+
+    def plan(self, interface: Any, kind: type) -> Any:
+        """Find out, and let *interface* remember, how objects of type *kind* adapt to it."""
+        if kind is _Missing:
+            raise TypeError(f"{interface.__name__}() needs the object to adapt: {interface.__name__}(session)")
+        with _lock:
+            plan = self.direct(interface, kind)
+            conform = _special(kind, "__conform__")
+            if conform is not None:
+                if conform in _keepers and _special(kind, "getComponent") is _keepers[conform]:
+                    plan = _KEPT
+                else:
+                    plan = _conforming(conform, interface, kind, plan)
+            interface._plans[kind] = plan
+        return plan
+
+    def forget(self, interface: Any = Interface) -> None:
+        """Drop all that was worked out: it may be wrong by now, and it keeps classes alive."""
+        if interface is Interface:
+            self._orders.clear()
+            self._found.clear()
+        interface._plans.clear()
+        for derived in type.__subclasses__(interface):
+            self.forget(derived)
+
+
+registry = InterfaceMeta.registry = AdapterRegistry()
+
+
+def _forget_on_collection(phase: str, info: dict[str, int]) -> None:
+    """Let classes that only look-ups remember be collected.
+
+    Strategy: a class dies in the garbage collector only (it refers to itself), so plain dicts by
+    type will do if they are emptied before each full collection.  Weak keys take 25 % longer.
+    """
+    if phase == "start" and info["generation"] == 2:
+        registry.forget()
+
+
+gc.callbacks.append(_forget_on_collection)
+
+
+def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
+    """Class decorator: instances provide *interfaces*, besides what the base classes implement.
+
+    Naming one that is inherited changes nothing.  Works on built-in and foreign classes, too:
+    ``implementer(IFoo)(dict)``.
+    """
+    _require_interfaces(interfaces)
+
+    def declare(cls: type[T]) -> type[T]:
+        if not isinstance(cls, type) or isinstance(cls, InterfaceMeta):
+            raise TypeError(f"implementer decorates classes, {cls!r} isn't one")
+        with _lock:
+            inherited, own = registry.order(cls), _declared.get(cls, ())
+            added = dict.fromkeys(i for i in interfaces if i not in inherited)
+            # What extends an interface declared before goes in front of it, or there would be no C3 order.
+            before = [i for i in added if any(issubclass(i, o) for o in own)]
+            _declared[cls] = (*before, *own, *(i for i in added if i not in before))
+            _storables[_name(cls)] = cls
+            registry.forget()
+        return cls
+
+    return declare
+
+
+def implementedBy(cls: type) -> tuple[type, ...]:
+    """The interfaces declared on *cls* and its base classes (without their bases), most specific first."""
+    declared = {i for base in cls.__mro__ for i in _declared.get(base, ())}
+    return tuple(i for i in registry.order(cls) if i in declared)
+
+
+def providedBy(obj: object) -> tuple[type, ...]:
+    """The interfaces declared for the class of *obj*, most specific first."""
+    return implementedBy(type(obj))
+
+
+def registerAdapter(factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
+    """Make ``IFoo(obj)`` answer ``factory(obj)`` for objects of *original*, a class or an interface.
+
+    As twisted.python.components.registerAdapter; see `AdapterRegistry.register` for the errors.
+    An exception in *factory* propagates; if it answers None, ``IFoo(obj)`` can't adapt.
+    """
+    registry.register(factory, original, *interfaces)
+
+
+# Components
+# ---------------------------------------------------------------------------
+
+
+class Componentized:
+    """An object that remembers what it was adapted to, as twisted.python.components.Componentized.
+
+    ``IFoo(obj)`` answers the component kept for IFoo, or makes one by the registered adapter and
+    keeps it.  An adapter class with a true ``temporaryAdapter`` isn't kept; one with a true
+    ``multiComponent`` is kept under every interface that it provides and is the adapter for.
+    """
+
+    def __init__(self) -> None:
+        self._components: dict[Any, Any] = {}
+
+    def setComponent(self, interface: type, component: object) -> None:
+        """Make *component*, any object but None, the answer to ``interface(self)``."""
+        _require_interfaces([interface])
+        if component is None:
+            raise TypeError(f"None means that there is no component: use unsetComponent({interface.__name__})")
+        self._components[interface] = component
+
+    if TYPE_CHECKING:
+
+        @overload
+        def getComponent(self, interface: type[I]) -> I | None: ...
+        @overload
+        def getComponent(self, interface: type[I], default: D) -> I | D: ...
+
+    def getComponent(self, interface: Any, default: Any = None) -> Any:
+        """The component for *interface*, made and kept if an adapter is registered, or *default*."""
+        kept = self._components.get(interface)
+        if kept is not None:
+            return kept
+        found = self._stored(interface)
+        if found is not None:
+            return found
+        plan = registry.direct(interface, type(self))
+        if plan is _ITSELF:
+            return self
+        adapter = None if plan is None else plan(self)
+        if adapter is None:
+            return default
+        if getattr(adapter, "temporaryAdapter", False):
+            return adapter
+        # Two threads may have made one each: the first is everyone's.
+        kept = self._components.setdefault(interface, adapter)
+        if kept is adapter and getattr(adapter, "multiComponent", False):
+            self.addComponent(adapter)
+        return kept
+
+    def _stored(self, interface: Any) -> Any:
+        """A component that isn't in memory yet, or None: the place for persistence."""
+        return None
+
+    def __contains__(self, interface: object) -> bool:
+        """Is a component kept for *interface*?  Makes none."""
+        return interface in self._components
+
+    def unsetComponent(self, interface: type) -> None:
+        """Forget the component for *interface*; KeyError if there is none."""
+        del self._components[interface]
+
+    def removeComponent(self, component: object) -> list[type]:
+        """Forget *component* under all its interfaces, and answer these."""
+        removed = [interface for interface, kept in list(self._components.items()) if kept is component]
+        for interface in removed:
+            del self._components[interface]
+        return removed
+
+    def addComponent(self, component: object, ignoreClass: bool = False) -> None:
+        """Keep *component* for those interfaces it provides whose registered adapter is its class.
+
+        With *ignoreClass*, for all that it provides.
+        """
+        for interface in providedBy(component):
+            if ignoreClass or self.locateAdapterClass(type(self), interface, None) is type(component):
+                self.setComponent(interface, component)
+
+    def addAdapter(self, factory: Callable[[Any], T], ignoreClass: bool = False) -> T:
+        """``addComponent(factory(self))``; answers the new component."""
+        adapter = factory(self)
+        self.addComponent(adapter, ignoreClass)
+        return adapter
+
+    def setAdapter(self, interface: type, factory: Callable[[Any], object]) -> None:
+        """``setComponent(interface, factory(self))``."""
+        self.setComponent(interface, factory(self))
+
+    def locateAdapterClass(self, cls: type, interface: type, default: Any) -> Any:
+        """The factory registered for *cls* and *interface*, or *default*."""
+        return registry.lookup(cls, interface, default)
+
+    def __conform__(self, interface: Any) -> Any:
+        return self.getComponent(interface)
+
+
+_keepers[Componentized.__conform__] = Componentized.getComponent
+
+
+class Adapter:
+    """A base for adapters: keeps the adapted object as ``original`` and lets it answer for other interfaces.
+
+    So ``IB(IA(session))`` finds the session's own component for IB (as twisted.python.components.Adapter).
+    """
+
+    temporaryAdapter = False
+    multiComponent = True
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __conform__(self, interface: Any) -> Any:
+        conform = getattr(self.original, "__conform__", None)
+        return None if conform is None else conform(interface)
+
+
+# Sessions
+# ---------------------------------------------------------------------------
+
+_NEW, _STORED, _ENDED = "new", "stored", "ended"
+
+
+def _seconds(value: float | None, name: str) -> float:
+    """A positive number of seconds; None stands for no limit."""
+    if value is None:
+        return float("inf")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name} is a positive number of seconds, or None for no limit, not {value!r}")
+    return value
+
+
+class ISession(Interface):
+    """What ``ISession(environ)`` answers, for whoever writes or checks code against it; see `Session`."""
+
+    __advice__ = (
+        "there is no session here; wrap the application in SessionMiddleware, "
+        "and adapt the WSGI environ or a request that has it as .environ"
+    )
+
+    uid: str
+    created: float
+    lastModified: float
+    lifetime: float
+    max_lifetime: float
+    owner: str | None
+
+    @property
+    def expires(self) -> float: ...
+    def setLifetime(self, seconds: float | None) -> None: ...
+    def touch(self) -> None: ...
+    def expire(self) -> None: ...
+    def notifyOnExpire(self, callback: Callable[[], object]) -> None: ...
+    def renew(self) -> None: ...
+    def login(self, owner: str) -> None: ...
+    def release(self) -> None: ...
+    def setComponent(self, interface: type, component: object) -> None: ...
+    def unsetComponent(self, interface: type) -> None: ...
+    def removeComponent(self, component: object) -> list[type]: ...
+    def addComponent(self, component: object, ignoreClass: bool = False) -> None: ...
+    def addAdapter(self, factory: Callable[[Any], T], ignoreClass: bool = False) -> T: ...
+    def setAdapter(self, interface: type, factory: Callable[[Any], object]) -> None: ...
+    def locateAdapterClass(self, cls: type, interface: type, default: Any) -> Any: ...
+    def __contains__(self, interface: object) -> bool: ...
+
+    if TYPE_CHECKING:
+
+        @overload
+        def getComponent(self, interface: type[I]) -> I | None: ...
+        @overload
+        def getComponent(self, interface: type[I], default: D) -> I | D: ...
+        def getComponent(self, interface: Any, default: Any = None) -> Any: ...
+        # session.foo = 1 is anybody's right.
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+@implementer(ISession)
+class Session(Componentized):
+    """One visitor's components and attributes, until it ends.
+
+    Stores make sessions, requests get theirs by ``ISession(environ)``.  The fields are read-only;
+    every other attribute set on a session is the user's, ``vars(session)`` shows just those.
+    """
+
+    # fmt: off
+    __slots__ = (
+        "uid", "created", "lastModified", "lifetime", "max_lifetime", "owner",
+        "_components", "_callbacks", "_since", "_store", "_state", "_hold", "_due", "_by",
+    )
+    # fmt: on
+
+    uid: str
+    created: float
+    lastModified: float
+    lifetime: float
+    max_lifetime: float
+    owner: str | None
+    _components: dict[Any, Any]
+    _callbacks: list[Any] | None
+    _since: float  # when the absolute timeout began to run
+    _store: Any
+    _state: str
+    _hold: Any  # a tuple that stands for the request that holds it, its thread first; or None
+    _due: float  # the deadline under which a MemoryStore will look at it next
+    _by: int | None  # the thread that renewed or expired it
+
+    def __init__(self, store: Any, uid: str, now: float, lifetime: float, max_lifetime: float) -> None:
+        put = object.__setattr__
+        put(self, "uid", uid)
+        put(self, "created", now)
+        put(self, "lastModified", now)
+        put(self, "lifetime", lifetime)
+        put(self, "max_lifetime", max_lifetime)
+        put(self, "owner", None)
+        put(self, "_components", {})
+        put(self, "_callbacks", None)
+        put(self, "_since", now)
+        put(self, "_store", store)
+        put(self, "_state", _NEW)
+        put(self, "_hold", None)
+        put(self, "_due", 0.0)
+        put(self, "_by", None)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(type(self), name):
+            change = {"owner": "login(owner)", "lifetime": "setLifetime(seconds)", "uid": "renew()"}.get(name)
+            raise AttributeError(
+                f"session.{name} belongs to every session and can't be set: "
+                + (f"call session.{change}" if change else "choose another name for your attribute")
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if hasattr(type(self), name):
+            raise AttributeError(f"session.{name} belongs to every session and can't be deleted")
+        object.__delattr__(self, name)
+
+    def _put(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        names = sorted(getattr(interface, "__name__", str(interface)) for interface in self._components)
+        owned = "" if self.owner is None else f" of {self.owner!r}"
+        return f"<{type(self).__name__} {_tag(self.uid)}{owned}, {self._state}, keeps {', '.join(names) or 'nothing'}>"
+
+    @property
+    def expires(self) -> float:
+        """When it ends unless something happens: the earlier of the idle and the absolute deadline, UNIX time."""
+        return min(self.lastModified + self.lifetime, self._since + self.max_lifetime)
+
+    def setLifetime(self, seconds: float | None) -> None:
+        """Set the idle timeout: it ends *seconds* after the last request that used it; None for never."""
+        self._put(lifetime=_seconds(seconds, "lifetime"))
+
+    def touch(self) -> None:
+        """Start the idle clock again.  (Each request that uses the session does that.)"""
+        self._put(lastModified=self._store.clock())
+
+    def notifyOnExpire(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called once, without arguments, when the session ends, for whatever reason.
+
+        Callbacks run in the order of registration; one that raises is logged and stops nothing.
+        On a persistent store it must be a method of one of the session's components, which is
+        what outlives the process; anything else is a TypeError there.
+        """
+        if not callable(callback):
+            raise TypeError(f"a callback is called without arguments, {callback!r} can't be called")
+        self._put(_callbacks=[*(self._callbacks or ()), self._callback(callback)])
+
+    def _callback(self, callback: Any) -> Any:
+        return callback
+
+    def expire(self) -> None:
+        """End it: gone from the store at once, its callbacks run, the cookie is deleted by the response."""
+        self._put(_by=get_ident())
+        self._store.discard(self)
+
+    def renew(self) -> None:
+        """Give it a new uid and keep all else; the old uid is dead at once (OWASP: session fixation)."""
+        self._change_uid()
+
+    def login(self, owner: str) -> None:
+        """It belongs to *owner* from now on: a new uid, and the absolute timeout starts again."""
+        if not isinstance(owner, str) or not owner:
+            raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}")
+        self._change_uid(owner=owner, _since=self._store.clock())
+
+    def _change_uid(self, **fields: object) -> None:
+        if self._state is _ENDED:
+            raise SessionError("this session has ended: ISession(environ) answers a new one")
+        self._put(_by=get_ident())
+        self._store.renew(self, **fields)
+        _log(20, self.uid, "renewed")
+
+    def release(self) -> None:
+        """Save it now and let its next request in: before a long download or an event stream.
+
+        Only the request that holds the session can; otherwise nothing happens.
+        """
+        hold = self._hold
+        if self._state is _NEW or hold is not None and hold[0] == get_ident():
+            self._store.save(self)
+            self._store.release(self)
+
+    def _is_empty(self) -> bool:
+        """Is there nothing on it that anyone might come back for?"""
+        return not (self._components or self.owner is not None or self._callbacks or self.__dict__)
+
+    def _resolve(self, callback: Any) -> Any:
+        return callback
+
+    def _end(self) -> None:
+        """Run the callbacks and let go of everything; whoever took it out of the store calls this, once."""
+        self._put(_state=_ENDED)
+        _log(20, self.uid, "ended")
+        for callback in self._callbacks or ():
+            try:
+                self._resolve(callback)()
+            except Exception:
+                _log(40, self.uid, "callback %r failed", callback, exc_info=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Break the cycles through components that refer to the session."""
+        self._put(_callbacks=None)
+        self._components.clear()
+        self.__dict__.clear()
+
+
+GuardSession = Session
+
+# Strategy: Session.__setattr__ protects users, not us.  Setting a slot by its descriptor takes a
+# fifth of the time, and these two are set by every request.
+_set_modified = Session.lastModified.__set__  # type: ignore[attr-defined]
+_set_hold = Session._hold.__set__
+
+
+# Memory store
+# ---------------------------------------------------------------------------
+
+
+def _new_uid() -> str:
+    """256 random bits, URL-safe: 43 letters, digits, "-" and "_"."""
+    from secrets import token_urlsafe
+
+    return token_urlsafe(32)
+
+
+class IStore(Interface):
+    """What SessionMiddleware wants of its store.
+
+    A session that isn't there, has expired or can't be trusted is None; an exception means that
+    the store is broken (`StoreError`) or the session is in use (`SessionBusy`, `SessionConflict`).
+    """
+
+    def clock(self) -> float:
+        """The time by which sessions expire, UNIX time in seconds."""
+        ...
+
+    def create(self, lifetime: float, max_lifetime: float) -> Session:
+        """A fresh session.  It isn't in the store before it is saved."""
+        ...
+
+    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
+        """The live session *uid*, its idle clock started again, or None.
+
+        With *hold*, nobody else can open it before `release`; wait *patience* seconds for that.
+        """
+        ...
+
+    def save(self, session: Session) -> None:
+        """Store a session, unless it is new and holds nothing; start its idle clock again.
+
+        One that was ended meanwhile isn't stored, that is only logged.
+        """
+        ...
+
+    def release(self, session: Session) -> None:
+        """Let the next request in.  Does nothing if *session* isn't held."""
+        ...
+
+    def renew(self, session: Session, **fields: object) -> None:
+        """Move the session to a new uid and set *fields* on it; the old uid is dead from now on."""
+        ...
+
+    def discard(self, session: Session) -> None:
+        """End the session: gone at once, its callbacks run."""
+        ...
+
+    def sweep(self) -> int:
+        """End all that have expired and aren't held; answers how many.  (Requests do that bit by bit.)"""
+        ...
+
+    def expireAll(self, owner: str, keep: Session | None = None) -> int:
+        """End all sessions of *owner* but *keep*; answers how many."""
+        ...
+
+    def __len__(self) -> int:
+        """How many sessions are stored."""
+        ...
+
+
+_NEVER = float("inf")
+
+_memory_stores: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
+
+
+@implementer(IStore)
+class MemoryStore:
+    """Live sessions in a dict, for one process; they end with it.
+
+    *capacity* bounds their number: past it, expired ones go first, then those that are closest to
+    expiry (ones in use stay).  *clock* answers UNIX time in seconds.
+
+    Strategy: opening and letting go take no lock.  Single dict operations are atomic, so
+    ``_held.setdefault(uid, token)`` decides who holds a session.  Only those who must wait use the
+    condition `_freed`; `_lock` guards the heap and changes of uids and owners.
+
+    The heap has one deadline for each session, never later than the real one.  Requests only move
+    the real deadline on; the heap is put right when its entry comes to the top.
+    """
+
+    # Each access looks at no more due sessions than this.  It has to be over 1 for the abandoned
+    # ones to become fewer while each access adds one.
+    _batch = 4
+
+    def __init__(self, *, capacity: int | None = None, clock: Callable[[], float] = time.time) -> None:
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise ValueError(f"capacity is the largest number of sessions, 1 or more, not {capacity!r}")
+        self.capacity = capacity
+        self.clock = clock
+        self._sessions: dict[str, Session] = {}
+        self._owned: dict[str, set[Session]] = {}
+        self._heap: list[tuple[float, str]] = []
+        self._next = _NEVER  # the deadline on top of the heap
+        self._held: dict[str, object] = {}
+        self._unlock()
+        _memory_stores.add(self)
+
+    def _unlock(self) -> None:
+        """Start with nothing held or locked: when new, and in a forked child, whose parent's threads are gone."""
+        self._lock = Lock()
+        self._freed = Condition(Lock())
+        self._waiting = 0
+        self._held.clear()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def create(self, lifetime: float, max_lifetime: float) -> Session:
+        return Session(self, _new_uid(), self.clock(), lifetime, max_lifetime)
+
+    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
+        now = self.clock()
+        if now >= self._next:
+            self._reclaim(now, self._batch)
+        session = self._sessions.get(uid)
+        if session is None:
+            return None
+        if hold:
+            token = (get_ident(),)
+            if self._held.setdefault(uid, token) is not token:
+                self._wait(session, token, patience)
+                now = self.clock()
+            # It may have ended or changed its uid before it was ours.
+            if self._sessions.get(uid) is not session:
+                self._free(uid, token)
+                return None
+            _set_hold(session, token)
+        if now >= session.lastModified + session.lifetime or now >= session._since + session.max_lifetime:
+            self.discard(session)
+            self.release(session)
+            return None
+        _set_modified(session, now)
+        return session
+
+    def _wait(self, session: Session, token: object, patience: float) -> None:
+        """Wait until *token* holds the session or it is no more to be had under its uid."""
+        uid, end = session.uid, time.monotonic() + patience
+        with self._freed:
+            self._waiting += 1
+            try:
+                while self._sessions.get(uid) is session and self._held.setdefault(uid, token) is not token:
+                    rest = end - time.monotonic()
+                    if rest <= 0:
+                        raise SessionBusy(patience)
+                    self._freed.wait(rest)
+            finally:
+                self._waiting -= 1
+
+    def _free(self, uid: str, token: object) -> None:
+        if self._held.get(uid) is token:
+            self._held.pop(uid, None)
+        if self._waiting:
+            with self._freed:
+                self._freed.notify_all()
+
+    def save(self, session: Session) -> None:
+        now = self.clock()
+        if self._sessions.get(session.uid) is session:
+            _set_modified(session, now)
+            # Its entry in the heap may be early but not late.
+            if now + session.lifetime < session._due:
+                with self._lock:
+                    self._schedule(session)
+        elif session._state is not _NEW:
+            _log(30, session.uid, "has ended while a request used it: nothing is saved")
+        elif not session._is_empty():
+            _set_modified(session, now)
+            self._insert(session, now)
+
+    def _insert(self, session: Session, now: float) -> None:
+        if now >= self._next:
+            self._reclaim(now, self._batch)
+        if self.capacity is not None:
+            self._evict(self.capacity - 1, now)
+        with self._lock:
+            session._put(_state=_STORED)
+            self._sessions[session.uid] = session
+            if session.owner is not None:
+                self._owned.setdefault(session.owner, set()).add(session)
+            self._schedule(session)
+        _log(20, session.uid, "created")
+
+    def release(self, session: Session) -> None:
+        token = session._hold
+        if token is not None:
+            _set_hold(session, None)
+            if session._due == _NEVER and session._state is _STORED:
+                self._judge(session)
+            # Strategy: _free, written out; a call takes as long as all the rest.
+            if self._held.get(session.uid) is token:
+                self._held.pop(session.uid, None)
+            if self._waiting:
+                with self._freed:
+                    self._freed.notify_all()
+
+    def _judge(self, session: Session) -> None:
+        """Decide on a session whose time came while it was held."""
+        if session.expires <= self.clock():
+            self.discard(session)
+        else:
+            with self._lock:
+                self._schedule(session)
+
+    def renew(self, session: Session, **fields: object) -> None:
+        old, new = session.uid, _new_uid()
+        with self._lock:
+            stored = self._sessions.pop(old, None) is session
+            if stored:
+                self._disown(session)
+            token = self._held.get(old)
+            if token is not None:
+                self._held[new] = token
+            session._put(uid=new, **fields)
+            if stored:
+                if session.owner is not None:
+                    self._owned.setdefault(session.owner, set()).add(session)
+                self._sessions[new] = session
+                self._schedule(session)
+        if token is not None:
+            self._free(old, token)
+
+    def discard(self, session: Session) -> None:
+        # Whoever takes it out of the dict ends it; and outside the lock, so that callbacks may use the store.
+        with self._lock:
+            mine = self._sessions.pop(session.uid, None) is session
+            if mine:
+                self._disown(session)
+        if mine or session._state is _NEW:
+            session._end()
+            if self._waiting:
+                with self._freed:
+                    self._freed.notify_all()
+
+    def _disown(self, session: Session) -> None:
+        if session.owner is not None:
+            sessions = self._owned.get(session.owner, set())
+            sessions.discard(session)
+            if not sessions:
+                self._owned.pop(session.owner, None)
+
+    def sweep(self) -> int:
+        return self._reclaim(self.clock(), len(self._heap))
+
+    def expireAll(self, owner: str, keep: Session | None = None) -> int:
+        with self._lock:
+            sessions = [s for s in self._owned.get(owner, ()) if s is not keep and self._sessions.pop(s.uid, None) is s]
+            for session in sessions:
+                self._disown(session)
+        return self._end_all(sessions)
+
+    def _end_all(self, sessions: list[Session]) -> int:
+        for session in sessions:
+            session._end()
+        if sessions and self._waiting:
+            with self._freed:
+                self._freed.notify_all()
+        return len(sessions)
+
+    def _schedule(self, session: Session) -> None:
+        """Enter the session into the heap (under the lock); an earlier entry of it is void from now on."""
+        deadline = session.expires
+        session._put(_due=deadline)
+        heappush(self._heap, (deadline, session.uid))
+        self._next = self._heap[0][0]
+
+    def _take(self, now: float) -> Session | None:
+        """Take the first entry from the heap, and its session out of the store; None if the entry was out of date."""
+        deadline, uid = heappop(self._heap)
+        session = self._sessions.get(uid)
+        if session is None or session._due != deadline:
+            return None
+        if uid in self._held:
+            session._put(_due=_NEVER)  # judged when it is let go
+        elif session.expires > max(now, deadline):
+            self._schedule(session)  # it was used after its entry was made
+        else:
+            del self._sessions[uid]
+            self._disown(session)
+            return session
+        return None
+
+    def _reclaim(self, now: float, limit: int) -> int:
+        """Look at *limit* sessions that may be due and end those that are; answers how many."""
+        ended = []
+        with self._lock:
+            while limit > 0 and self._heap and self._heap[0][0] <= now:
+                limit -= 1
+                session = self._take(now)
+                if session is not None:
+                    ended.append(session)
+            self._next = self._heap[0][0] if self._heap else _NEVER
+        return self._end_all(ended)
+
+    def _evict(self, most: int, now: float) -> None:
+        """End those closest to expiry until there are no more than *most*."""
+        ended = []
+        with self._lock:
+            while len(self._sessions) > most and self._heap:
+                session = self._take(now)
+                if session is not None:
+                    ended.append(session)
+            self._next = self._heap[0][0] if self._heap else _NEVER
+        self._end_all(ended)
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = RLock()
+    for store in list(_memory_stores):
+        store._unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# Persistent stores
+# ---------------------------------------------------------------------------
+
+
+def storable(cls: type[T]) -> type[T]:
+    """Class decorator: instances may be part of what a persistent store keeps.
+
+    Classes under `implementer` and registered adapter classes may be already.  Whoever can forge
+    a record (so knows the secret) can construct objects of these classes with any state.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"storable decorates classes, {cls!r} isn't one")
+    _storables[_name(cls)] = cls
+    return cls
+
+
+# Plain values that may be stored though nobody declared them.  (int, str, bytes, float, bool, None,
+# list, tuple, dict, set, frozenset and bytearray are part of the pickle format itself.)
+_VALUES = frozenset(
+    "builtins.list builtins.dict builtins.complex collections.deque collections.OrderedDict collections.Counter "
+    "datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone "
+    "decimal.Decimal fractions.Fraction uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split()
+)
+
+# How an object is made from its record: flags in a call of `_make`.
+_CALL, _ROOT = 1, 2
+
+# What pickle writes in one piece, so that reducer_override never sees it, though it may be shared.
+_CONTAINERS = (list, dict, set, bytearray)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset)
+
+
+def _storable_class(name: str) -> type:
+    """The class that may be stored under *name*.  It is never imported for that, unless it is in `_VALUES`."""
+    cls = _storables.get(name)
+    if cls is None and name in _VALUES:
+        module, _, attribute = name.rpartition(".")
+        cls = getattr(__import__(module), attribute)
+    if cls is None:
+        raise SealError(f"no class {name} was declared in this process: import its module, decorate it with @storable")
+    return cls
+
+
+def _make(name: str, flags: int, *args: object) -> Any:
+    """Stands in a record for: an object of the class *name*.  Never called, see `_open_blob`."""
+    raise NotImplementedError
+
+
+def _ref(key: str) -> Any:
+    """Stands in a record for: the component under *key*; "" is the session.  Never called either."""
+    raise NotImplementedError
+
+
+class _Root:
+    """Wraps a list or dict that is a component, so that it is made before what it contains."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+
+
+class _Writer(pickle.Pickler):
+    """Pickles one component so that only classes that declared themselves take part.
+
+    No class or function gets into the record.  An object is written as ``_make(name of its class,
+    ...)``; the session and its other components as ``_ref(key)``.
+    """
+
+    def __init__(self, file: io.BytesIO, name: str, root: object, refs: dict[int, str]) -> None:
+        super().__init__(file, 5)
+        self.name, self.root, self.refs = name, root, refs
+
+    def refuse(self, what: str) -> NotStorable:
+        return NotStorable(self.name, what)
+
+    def class_name(self, cls: Any) -> str:
+        name = _name(cls)
+        if _storables.get(name) is not cls and name not in _VALUES:
+            raise self.refuse(f"an object of class {name}, which isn't declared")
+        return name
+
+    def reducer_override(self, obj: Any) -> Any:
+        if obj is _make or obj is _ref:
+            return NotImplemented
+        if isinstance(obj, _Root):
+            kind = type(obj.container)
+            items = iter(obj.container) if kind is list else None
+            pairs = iter(obj.container.items()) if kind is dict else None
+            return _make, (_name(kind), _CALL | _ROOT), None, items, pairs
+        key = self.refs.get(id(obj))
+        if key is not None and obj is not self.root:
+            return _ref, (key,)
+        if isinstance(obj, type):
+            raise self.refuse(f"the class {_name(obj)} itself")
+        reduce = copyreg.dispatch_table.get(type(obj))
+        try:
+            reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
+        except TypeError as error:
+            raise self.refuse(f"an object of class {_name(type(obj))} ({error})") from error
+        if isinstance(reduced, str):
+            raise self.refuse(f"{reduced} of {type(obj).__module__}")
+        function, args, *rest = reduced
+        flags = _ROOT if obj is self.root else 0
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            cls, *args = args
+        elif isinstance(function, type):
+            cls, flags = function, flags | _CALL
+        else:
+            name = getattr(function, "__qualname__", repr(function))
+            raise self.refuse(f"an object of class {_name(type(obj))}, which is made by {name}()")
+        return (_make, (self.class_name(cls), flags, *args), *rest)
+
+
+class _LinkingWriter(_Writer):
+    """A `_Writer` that also keeps shared containers shared.
+
+    Strategy: persistent_id is called for every single object, so this is for those sessions only
+    that have a list, dict, set or bytearray as a component.
+    """
+
+    def persistent_id(self, obj: object) -> str | None:
+        shared = type(obj) in (list, dict) or (type(obj) in _CONTAINERS and obj is not self.root)
+        return self.refs.get(id(obj)) if shared else None
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles with the two functions that it is given; no record gets at anything else."""
+
+    def __init__(self, blob: bytes, make: Any = None, ref: Any = None) -> None:
+        super().__init__(io.BytesIO(blob))
+        self.functions = {"_make": make, "_ref": ref}
+
+    def find_class(self, module: str, name: str) -> Any:
+        function = self.functions.get(name)
+        if function is None:
+            raise SealError(f"a record asks for {module}.{name}")
+        return function
+
+    def persistent_load(self, key: Any) -> Any:
+        return self.functions["_ref"](key)
+
+
+class StoredSession(Session):
+    """A session of a persistent store: each component is a blob, opened when it is first asked for.
+
+    Blobs go by their interface's name, or "." and an attribute's name.
+    """
+
+    __slots__ = ("_key", "_blobs", "_opened", "_meta")
+
+    _key: str  # the hash of its uid
+    _blobs: dict[str, bytes]  # what is stored
+    _opened: set[str]  # the keys of those blobs that are objects by now, or were removed
+    _meta: tuple[Any, ...]  # the fields as they are stored
+
+    def __init__(self, store: Any, uid: str, key: str, now: float, lifetime: float, max_lifetime: float) -> None:
+        super().__init__(store, uid, now, lifetime, max_lifetime)
+        self._put(_key=key, _blobs={}, _opened=set(), _meta=None)
+
+    # Reading
+
+    def _load(self, key: str) -> Any:
+        """Open the blob under *key*; SealError (or what its class raises) if that can't be."""
+        interface = _interfaces.get(key)
+        if interface is None and not key.startswith("."):
+            raise SealError(f"no interface {key} in this process: import its module")
+
+        def keep(component: Any) -> None:
+            if interface is not None:
+                self._components[interface] = component
+
+        # These are made anew for each blob: all that a forged record can do to them dies with it.
+        def make(name: str, flags: int, *args: object) -> Any:
+            cls = _storable_class(name)
+            made = cls(*args) if flags & _CALL else cls.__new__(cls, *args)
+            if flags & _ROOT:
+                keep(made)
+            return made
+
+        def ref(other: str) -> Any:
+            if not other:
+                return self
+            kept = self._components.get(_interfaces.get(other))
+            if kept is None and other not in self._opened:
+                return self._load(other)
+            return kept
+
+        self._opened.add(key)
+        try:
+            component = _Reader(self._blobs[key], make, ref).load()
+        except BaseException:
+            self._opened.discard(key)
+            self._components.pop(interface, None)
+            raise
+        keep(component)
+        return component
+
+    def _stored(self, interface: Any) -> Any:
+        key = _name(interface)
+        if key not in self._blobs or key in self._opened or _interfaces.get(key) is not interface:
+            return None
+        try:
+            return self._load(key)
+        except Exception as error:
+            raise StoreError(
+                f"the component kept for {key} can't be opened ({error}); it stays as it is, "
+                f"session.unsetComponent({key.rpartition('.')[2]}) drops it"
+            ) from error
+
+    def _load_attributes(self) -> None:
+        for key in self._blobs:
+            if key.startswith("."):
+                try:
+                    self.__dict__[key[1:]] = self._load(key)
+                except Exception as error:
+                    _log(30, self.uid, "keeps an attribute %s that can't be opened: %s", key[1:], error)
+
+    def _load_all(self) -> None:
+        """Open what can be opened: before a component goes, those that refer to it must have it in hand."""
+        for key in [key for key in self._blobs if key not in self._opened]:
+            try:
+                self._load(key)
+            except Exception as error:
+                _log(30, self.uid, "keeps %s that can't be opened: %s", key, error)
+
+    def __contains__(self, interface: object) -> bool:
+        if interface in self._components or not isinstance(interface, InterfaceMeta):
+            return interface in self._components
+        key = _name(interface)
+        return key in self._blobs and key not in self._opened
+
+    def setComponent(self, interface: type, component: object) -> None:
+        if interface in self:
+            self._load_all()
+        super().setComponent(interface, component)
+        self._opened.add(_name(interface))
+
+    def unsetComponent(self, interface: type) -> None:
+        if interface in self:
+            self._load_all()
+            self._components.setdefault(interface, None)  # one that can't be opened goes as well
+            self._opened.add(_name(interface))
+        super().unsetComponent(interface)
+
+    def removeComponent(self, component: object) -> list[type]:
+        self._load_all()
+        return super().removeComponent(component)
+
+    # Callbacks: (key, name of a method)
+
+    def _callback(self, callback: Any) -> Any:
+        target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
+        for interface, component in self._components.items():
+            if component is target and getattr(component, name, None) == callback:
+                return _name(interface), name
+        raise TypeError(
+            f"on a persistent store a callback is a method of one of the session's components, which {callback!r} "
+            "isn't: setComponent() first, then session.notifyOnExpire(component.method)"
+        )
+
+    def _resolve(self, callback: Any) -> Any:
+        key, name = callback
+        component = self._components.get(_interfaces.get(key))
+        return getattr(self._load(key) if component is None else component, name)
+
+    # Writing
+
+    def _dump(self) -> dict[str, bytes]:
+        """The blobs of all that was opened or set."""
+        refs = {id(self): ""}
+        writer: type[_Writer] = _Writer
+        for interface, component in self._components.items():
+            if not isinstance(component, _ATOMS):
+                refs.setdefault(id(component), _name(interface))
+                if type(component) in _CONTAINERS:
+                    writer = _LinkingWriter
+        items = {_name(interface): component for interface, component in self._components.items()}
+        for interface in self._components:
+            if _interfaces.get(_name(interface)) is not interface:
+                raise NotStorable(_name(interface), "the place of another interface of that name")
+        items.update(("." + name, value) for name, value in self.__dict__.items())
+        self._opened.update(items)
+        return {key: self._dump_item(writer, key, item, refs) for key, item in items.items()}
+
+    def _dump_item(self, writer: type[_Writer], key: str, item: Any, refs: dict[int, str]) -> bytes:
+        file = io.BytesIO()
+        if key.startswith("."):
+            name, root = f"the attribute {key[1:]}", None
+        elif refs.get(id(item), key) == key:
+            name, root = f"the component {key}", item
+        else:
+            name, root = f"the component {key}", None  # kept for another interface, too: a reference to that
+        pickler = writer(file, name, root, refs)
+        try:
+            pickler.dump(_Root(item) if root is not None and type(item) in (list, dict) else item)
+        except NotStorable:
+            raise
+        except Exception as error:
+            raise NotStorable(name, f"what pickle refuses ({error})") from error
+        return file.getvalue()
+
+    def _changes(self) -> dict[str, bytes | None]:
+        """What this request did: new blobs by key, None for those that are gone."""
+        current = self._dump()
+        changes: dict[str, bytes | None] = {k: None for k in self._opened if k in self._blobs and k not in current}
+        changes.update((key, blob) for key, blob in current.items() if self._blobs.get(key) != blob)
+        return changes
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (
+            self.created,
+            self.lastModified,
+            self.lifetime,
+            self.max_lifetime,
+            self._since,
+            self.owner,
+            tuple(self._callbacks or ()),
+        )
+
+    def _set_fields(self, fields: tuple[Any, ...]) -> None:
+        names = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner")
+        self._put(_meta=fields, _callbacks=list(fields[6]) or None, **dict(zip(names, fields, strict=False)))
+
+
+class _Held:
+    """The type of `HELD`."""
+
+
+#: What `PersistentStore.hold` answers for a record that somebody else holds.
+HELD: Any = _Held()
+
+
+@implementer(IStore)
+class PersistentStore:
+    """What stores outside the process have in common; a subclass says where the records lie.
+
+    *secret*: at least 16 bytes (or a str), or a sequence of such; the first seals new records, all
+    open old ones.  *lease*: for how many seconds a request holds its session if it isn't heard of
+    again.  *clock*: UNIX time in seconds; hosts that share a store keep theirs in step (NTP).
+
+    A record is ``MAC || body``: keyed BLAKE2b over the key and the body, so that it can't be
+    forged, or copied to another key.  The key is a hash of the uid: who reads the database can't
+    use what is there.  A record that doesn't verify is no session, is logged, and isn't unpickled.
+
+    A subclass supplies nine operations on ``(key: str, record: bytes)``, each atomic by itself.
+    *token* (str) is who holds a record, *until* (UNIX time) for how long.  Their exceptions reach
+    the application as `StoreError`.
+    """
+
+    def __init__(
+        self,
+        *,
+        secret: str | bytes | Sequence[str | bytes],
+        lease: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        from hashlib import blake2b
+        from hmac import compare_digest
+
+        secrets = [secret] if isinstance(secret, (str, bytes)) else list(secret)
+        self._macs = []
+        for each in secrets:
+            each = each.encode() if isinstance(each, str) else bytes(each)
+            if len(each) < 16:
+                raise ValueError(f"a secret has at least 16 bytes, not {len(each)}: take secrets.token_hex(32)")
+            self._macs.append(blake2b(key=blake2b(each).digest(), digest_size=32, person=b"minisess seal"))
+        if not self._macs:
+            raise ValueError("secret= needs at least one secret: take secrets.token_hex(32)")
+        self._hash, self._same = blake2b, compare_digest
+        self.lease = _seconds(lease, "lease")
+        self.clock = clock
+        self._next_sweep = clock() + 10
+
+    # What a subclass supplies
+
+    def insert(
+        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
+    ) -> None:
+        """Add a record, held by *token* unless that is None."""
+        raise NotImplementedError
+
+    def hold(self, key: str, token: str, now: float, until: float) -> Any:
+        """If nobody holds the record, or their time is up by *now*: hold it and answer it.
+
+        None if there is no such record, `HELD` if another has it.
+        """
+        raise NotImplementedError
+
+    def read(self, key: str) -> bytes | None:
+        """The record, held or not, or None."""
+        raise NotImplementedError
+
+    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
+        """Replace the record and let go of it, if *token* still holds it; was it so?"""
+        raise NotImplementedError
+
+    def free(self, key: str, token: str) -> None:
+        """Let go of the record, if *token* holds it."""
+        raise NotImplementedError
+
+    def delete(self, key: str, token: str | None = None) -> bytes | None:
+        """Delete the record (if *token* holds it, where that is given) and answer it, or None."""
+        raise NotImplementedError
+
+    def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
+        """Delete up to *limit* records that have expired by *now* and aren't held, and answer them."""
+        raise NotImplementedError
+
+    def owned(self, owner: str) -> list[str]:
+        """The keys of all records of *owner*."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        raise NotImplementedError
+
+    # Sealing
+
+    def _key(self, uid: str) -> str:
+        return self._hash(uid.encode(), digest_size=32, person=b"minisess key").hexdigest()
+
+    def _mac(self, mac: Any, key: str, body: bytes) -> bytes:
+        mac = mac.copy()
+        mac.update(key.encode())
+        mac.update(body)
+        digest: bytes = mac.digest()
+        return digest
+
+    def _seal(self, key: str, fields: tuple[Any, ...], blobs: dict[str, bytes]) -> bytes:
+        body = pickle.dumps((*fields, blobs), 5)
+        return self._mac(self._macs[0], key, body) + body
+
+    def _unseal(self, key: str, record: bytes) -> tuple[tuple[Any, ...], dict[str, bytes]]:
+        """The fields and blobs of a record; SealError if it isn't what this store wrote under that key."""
+        record = bytes(record)
+        seal, body = record[:32], record[32:]
+        if not any(self._same(self._mac(mac, key, body), seal) for mac in self._macs):
+            raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
+        try:
+            *fields, blobs = _Reader(body).load()
+            numbers, owner, callbacks = fields[:5], fields[5], fields[6]
+            well_formed = (
+                len(fields) == 7
+                and all(isinstance(number, (int, float)) for number in numbers)
+                and (owner is None or isinstance(owner, str))
+                and all(isinstance(k, str) and isinstance(n, str) for k, n in callbacks)
+                and all(isinstance(k, str) and isinstance(b, bytes) for k, b in blobs.items())
+            )
+        except Exception as error:
+            raise SealError(f"the record can't be read: {error}") from error
+        if not well_formed:
+            raise SealError("the record has another form than this version writes")
+        return tuple(fields), blobs
+
+    def _revive(self, key: str, uid: str, record: bytes) -> StoredSession | None:
+        """The session in a record, or None for one that can't be trusted."""
+        try:
+            fields, blobs = self._unseal(key, record)
+        except SealError as error:
+            _log(30, uid, "security: its record is refused: %s", error)
+            return None
+        session = StoredSession(self, uid, key, *fields[1:4])
+        session._put(_state=_STORED, _blobs=blobs)
+        session._set_fields(fields)
+        return session
+
+    # What IStore promises
+
+    def _ask(self, operation: Callable[..., T], *args: object) -> T:
+        try:
+            return operation(*args)
+        except SessionError:
+            raise
+        except Exception as error:
+            name = f"{type(self).__name__}.{operation.__name__}"
+            raise StoreError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+    def create(self, lifetime: float, max_lifetime: float) -> Session:
+        uid = _new_uid()
+        return StoredSession(self, uid, self._key(uid), self.clock(), lifetime, max_lifetime)
+
+    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
+        if self.clock() >= self._next_sweep:
+            self._next_sweep = self.clock() + 10
+            self._end_due(20)
+        key, token = self._key(uid), os.urandom(8).hex()
+        record = self._acquire(key, token, patience) if hold else self._ask(self.read, key)
+        if record is None:
+            return None
+        session = self._revive(key, uid, record)
+        if session is None:
+            if hold:
+                self._ask(self.free, key, token)
+            return None
+        if hold:
+            session._put(_hold=(get_ident(), token))
+        now = self.clock()
+        if now >= session.expires:
+            self.discard(session)
+            return None
+        _set_modified(session, now)
+        session._load_attributes()
+        return session
+
+    def _acquire(self, key: str, token: str, patience: float) -> bytes | None:
+        """Hold the record, waiting for others who do."""
+        end, pause = time.monotonic() + patience, 0.0005
+        while True:
+            now = self.clock()
+            record = self._ask(self.hold, key, token, now, now + self.lease)
+            if record is not HELD:
+                return None if record is None else bytes(record)
+            if time.monotonic() >= end:
+                raise SessionBusy(patience)
+            # Longer and longer, and never in step with the others who wait.
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 1.2, 0.02)
+
+    def save(self, session: Any) -> None:
+        if session._state is _ENDED:
+            _log(30, session.uid, "has ended while a request used it: nothing is saved")
+        elif session._state is _STORED:
+            _set_modified(session, self.clock())
+            if session._hold is None:
+                self._save_merged(session)
+            else:
+                self._save_held(session)
+        elif not session._is_empty():
+            _set_modified(session, self.clock())
+            self._store(session, self._insert, session._dump())
+            session._put(_state=_STORED)
+            _log(20, session.uid, "created")
+            self._end_due(2)
+
+    def _insert(self, session: Any, record: bytes) -> bool:
+        self._ask(self.insert, session._key, record, session.expires, session.owner, None, 0.0)
+        return True
+
+    def _write(self, session: Any, record: bytes) -> bool:
+        token = session._hold[1]
+        return self._ask(self.write, session._key, token, record, session.expires, session.owner)
+
+    def _store(self, session: Any, write: Callable[[Any, bytes], bool], blobs: dict[str, bytes]) -> bool:
+        fields = session._fields()
+        done = write(session, self._seal(session._key, fields, blobs))
+        if done:
+            session._put(_blobs=blobs, _meta=fields)
+        return done
+
+    def _save_held(self, session: Any) -> None:
+        blobs = dict(session._blobs)
+        self._apply(session._changes(), blobs)
+        if self._store(session, self._write, blobs):
+            session._put(_hold=None)
+        elif self._ask(self.read, session._key) is None:
+            session._put(_state=_ENDED, _hold=None)
+            _log(30, session.uid, "was ended by another request: nothing is saved")
+        else:
+            session._put(_hold=None)
+            _log(30, session.uid, "was taken over after its lease ran out: nothing is saved")
+            raise SessionConflict(self.lease)
+
+    def _apply(self, changes: dict[str, bytes | None], blobs: dict[str, bytes]) -> None:
+        for key, blob in changes.items():
+            if blob is None:
+                blobs.pop(key, None)
+            else:
+                blobs[key] = blob
+
+    def _save_merged(self, session: Any) -> None:
+        """Bring the changes of a request that held nothing into what is stored by now, component by component."""
+        changes, before = session._changes(), session._blobs
+        token = os.urandom(8).hex()
+        record = self._acquire(session._key, token, self.lease)
+        current = None if record is None else self._revive(session._key, session.uid, record)
+        if current is None:
+            session._put(_state=_ENDED)
+            _log(30, session.uid, "was ended by another request: nothing is saved")
+            return
+        blobs = dict(current._blobs)
+        for key in changes:
+            if blobs.get(key) != before.get(key) and blobs.get(key) != changes[key]:
+                _log(30, session.uid, "has two versions of %s: the last one stays", key)
+        self._apply(changes, blobs)
+        # Of the fields, too, what this request changed counts, and what others did otherwise.
+        mine, base, theirs = session._fields(), session._meta, current._fields()
+        merged = [m if m != b else t for m, b, t in zip(mine, base, theirs, strict=True)]
+        merged[6] = tuple(dict.fromkeys([*theirs[6], *mine[6]]))
+        session._set_fields(tuple(merged))
+        session._put(_hold=(get_ident(), token))
+        try:
+            if not self._store(session, self._write, blobs):
+                raise SessionConflict(self.lease)
+        finally:
+            session._put(_hold=None)
+
+    def release(self, session: Any) -> None:
+        hold = session._hold
+        if hold is not None:
+            session._put(_hold=None)
+            if session._state is _STORED:
+                self._ask(self.free, session._key, hold[1])
+
+    def renew(self, session: Any, **fields: object) -> None:
+        uid = _new_uid()
+        key = self._key(uid)
+        if session._state is _STORED:
+            # What is stored moves; what this request changed is saved with the rest of it, or not at all.
+            token = session._hold and session._hold[1]
+            record = self._seal(key, session._meta, session._blobs)
+            until = self.clock() + self.lease
+            self._ask(self.insert, key, record, session.expires, session._meta[5], token, until)
+            if self._ask(self.delete, session._key, token) is None:
+                self._ask(self.delete, key)
+                session._put(_hold=None)
+                raise SessionConflict(self.lease)
+        session._put(uid=uid, _key=key, **fields)
+
+    def discard(self, session: Any) -> None:
+        if session._state is _STORED:
+            if self._ask(self.delete, session._key) is not None:
+                session._end()
+            session._put(_state=_ENDED, _hold=None)
+        elif session._state is _NEW:
+            session._end()
+
+    def sweep(self) -> int:
+        total = 0
+        while count := self._end_due(100):
+            total += count
+        return total
+
+    def _end_due(self, limit: int) -> int:
+        records = self._ask(self.due, self.clock(), limit)
+        for key, record in records:
+            self._end_record(key, record)
+        return len(records)
+
+    def _end_record(self, key: str, record: bytes) -> None:
+        session = self._revive(key, key, record)
+        if session is not None:
+            session._end()
+
+    def expireAll(self, owner: str, keep: Session | None = None) -> int:
+        kept = None if keep is None else self._key(keep.uid)
+        ended = 0
+        for key in self._ask(self.owned, owner):
+            if key != kept:
+                record = self._ask(self.delete, key)
+                if record is not None:
+                    self._end_record(key, record)
+                    ended += 1
+        return ended
+
+
+class _SQLStore(PersistentStore):
+    """The operations in SQL, as SQLite and PostgreSQL have it in common; `?` is a parameter."""
+
+    _skip_locked = ""
+    _relaxed = ""
+
+    def __init__(
+        self,
+        *,
+        secret: str | bytes | Sequence[str | bytes],
+        table: str = "minisess",
+        lease: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(secret=secret, lease=lease, clock=clock)
+        if not (table.isidentifier() and table.isascii()):
+            raise ValueError(f"table= is the name of a table (letters, digits, underscores), not {table!r}")
+        self.table = table
+        self._create_table = [
+            f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, "
+            "expires DOUBLE PRECISION NOT NULL, owner TEXT, holder TEXT, until DOUBLE PRECISION)",
+            f"CREATE INDEX IF NOT EXISTS {table}_expires ON {table} (expires)",
+            f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner IS NOT NULL",
+        ]
+        free = f"(holder IS NULL OR holder = ? OR {table}.until <= ?)"
+        self._insert_sql = f"INSERT INTO {table} (key, record, expires, owner, holder, until) VALUES (?, ?, ?, ?, ?, ?)"
+        self._hold_sql = (
+            f"UPDATE {table} SET holder = ?, until = ? WHERE key = ? AND {free}{self._relaxed} RETURNING record"
+        )
+        self._read_sql = f"SELECT record FROM {table} WHERE key = ?"
+        self._write_sql = (
+            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, holder = NULL, until = NULL "
+            "WHERE key = ? AND holder = ? RETURNING 1"
+        )
+        self._free_sql = f"UPDATE {table} SET holder = NULL, until = NULL WHERE key = ? AND holder = ?"
+        self._delete_sql = f"DELETE FROM {table} WHERE key = ? RETURNING record"
+        self._delete_held_sql = f"DELETE FROM {table} WHERE key = ? AND holder = ? RETURNING record"
+        self._due_sql = (
+            f"DELETE FROM {table} WHERE key IN (SELECT key FROM {table} WHERE expires <= ? "
+            f"AND (holder IS NULL OR until <= ?) LIMIT ?{self._skip_locked}) RETURNING key, record"
+        )
+        self._owned_sql = f"SELECT key FROM {table} WHERE owner = ?"
+        self._count_sql = f"SELECT count(*) FROM {table}"
+
+    def _run(self, sql: str, *args: object) -> list[Any]:
+        """Run one statement in a transaction of its own; its rows."""
+        raise NotImplementedError
+
+    def insert(
+        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
+    ) -> None:
+        self._run(self._insert_sql, key, record, expires, owner, token, until)
+
+    def hold(self, key: str, token: str, now: float, until: float) -> Any:
+        rows = self._run(self._hold_sql, token, until, key, token, now)
+        if rows:
+            return rows[0][0]
+        return HELD if self._run(self._read_sql, key) else None
+
+    def read(self, key: str) -> bytes | None:
+        rows = self._run(self._read_sql, key)
+        return rows[0][0] if rows else None
+
+    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
+        return bool(self._run(self._write_sql, record, expires, owner, key, token))
+
+    def free(self, key: str, token: str) -> None:
+        self._run(self._free_sql, key, token)
+
+    def delete(self, key: str, token: str | None = None) -> bytes | None:
+        rows = self._run(self._delete_sql, key) if token is None else self._run(self._delete_held_sql, key, token)
+        return rows[0][0] if rows else None
+
+    def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
+        return self._run(self._due_sql, now, now, limit)
+
+    def owned(self, owner: str) -> list[str]:
+        return [key for (key,) in self._run(self._owned_sql, owner)]
+
+    def __len__(self) -> int:
+        count: int = self._run(self._count_sql)[0][0]
+        return count
+
+
+class SQLiteStore(_SQLStore):
+    """Sessions in an SQLite file, for all processes of one machine.
+
+    WAL, ``synchronous=NORMAL``: what was saved survives the death of any process; the last moments
+    before a power failure may be lost.  The other arguments: see `PersistentStore`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        secret: str | bytes | Sequence[str | bytes],
+        table: str = "minisess",
+        lease: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        import sqlite3
+
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise StoreError(f"SQLiteStore needs SQLite 3.35 or newer (for RETURNING), not {sqlite3.sqlite_version}")
+        super().__init__(secret=secret, table=table, lease=lease, clock=clock)
+        self.path = os.fspath(path)
+        if self.path == ":memory:" or not self.path:
+            raise ValueError("SQLiteStore needs a file, each of its connections has a :memory: of its own")
+        self._connect = sqlite3.connect
+        # Connections that no thread uses just now, and the process they belong to.
+        self._idle: list[Any] = []
+        self._pid = os.getpid()
+        self._ask(self._create)
+
+    def _create(self) -> None:
+        for statement in self._create_table:
+            self._run(statement)
+
+    def _open_connection(self) -> Any:
+        connection = self._connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL").fetchall()
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+
+    def _run(self, sql: str, *args: object) -> list[Any]:
+        if self._pid != os.getpid():
+            # After a fork: SQLite forbids even closing the parent's connections here.
+            self._inherited, self._idle, self._pid = self._idle, [], os.getpid()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._open_connection()
+        try:
+            rows: list[Any] = connection.execute(sql, args).fetchall()
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return rows
+
+    def close(self) -> None:
+        """Close the connections; they open again when they are needed."""
+        while self._idle and self._pid == os.getpid():
+            self._idle.pop().close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pid"):
+            self.close()
+
+
+class PostgresStore(_SQLStore):
+    """Sessions in PostgreSQL, for many hosts.  Its table is created on first use.
+
+    *connect* answers a context manager that gives a DB-API connection, such as
+    ``psycopg_pool.ConnectionPool(...).connection``.  A connection is taken for one statement at a
+    time, so a transaction pooler (PgBouncer) in between will do.  The other arguments: see
+    `PersistentStore`.
+    """
+
+    _skip_locked = " FOR UPDATE SKIP LOCKED"
+    # A hold needn't survive a crash of the server, so it doesn't wait for the disk.  (Half the time.)
+    _relaxed = " AND set_config('synchronous_commit', 'off', true) = 'off'"
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractContextManager[Any]],
+        *,
+        secret: str | bytes | Sequence[str | bytes],
+        table: str = "minisess",
+        lease: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not callable(connect):
+            raise TypeError(f"connect is called for a connection, like ConnectionPool(...).connection, not {connect!r}")
+        super().__init__(secret=secret, table=table, lease=lease, clock=clock)
+        self._connect = connect
+        self._created = False
+        for name, value in list(vars(self).items()):
+            if name.endswith("_sql"):
+                setattr(self, name, value.replace("?", "%s"))
+
+    def _run(self, sql: str, *args: object) -> list[Any]:
+        if not self._created:
+            if self._execute("SELECT to_regclass(%s)", self.table)[0][0] is None:
+                # Processes that start at once may get in each other's way here.
+                self._execute("; ".join(["SELECT pg_advisory_xact_lock(7306377)", *self._create_table]))
+            self._created = True
+        return self._execute(sql, *args)
+
+    def _execute(self, sql: str, *args: object) -> list[Any]:
+        with self._connect() as connection:
+            # One statement, one round trip: without this there would be a BEGIN and a COMMIT.
+            before, connection.autocommit = connection.autocommit, True
+            cursor = connection.cursor()
+            try:
+                cursor.execute(sql, args or None)
+                return list(cursor.fetchall()) if cursor.description else []
+            finally:
+                cursor.close()
+                if not connection.closed:
+                    connection.autocommit = before
+
+
+class RedisStore(PersistentStore):
+    """Sessions in Redis (or Valkey), for many hosts.
+
+    *client* is a ``redis.Redis``, also one from Sentinel, or a ``RedisCluster``, without
+    decode_responses.  Each session is a hash ``prefix + "{key}"`` with a time to live, so all that
+    must be atomic happens to one key.  ``prefix + "due"`` (sorted by deadline) and ``prefix +
+    "owner:..."`` only serve to find sessions: each is written before the session and put right when
+    it is read.  The other arguments: see `PersistentStore`.
+    """
+
+    # A session that nobody swept goes by itself so many seconds after its end, without callbacks.
+    _grace = 3600
+
+    _HOLD = """
+        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until')
+        if not v[1] then return 0 end
+        if v[2] and v[2] ~= ARGV[1] and tonumber(v[3]) > tonumber(ARGV[2]) then return 1 end
+        redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'until', ARGV[3])
+        return v[1]"""
+    _WRITE = """
+        local v = redis.call('HMGET', KEYS[1], 'holder', 'owner', 'expires')
+        if v[1] ~= ARGV[1] then return 0 end
+        if ARGV[6] == '0' and ((v[2] or '') ~= ARGV[4] or tonumber(ARGV[3]) < tonumber(v[3])) then return 2 end
+        redis.call('HSET', KEYS[1], 'record', ARGV[2], 'expires', ARGV[3], 'owner', ARGV[4])
+        redis.call('HDEL', KEYS[1], 'holder', 'until')
+        redis.call('PEXPIRE', KEYS[1], ARGV[5])
+        return 1"""
+    _FREE = """
+        if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('HDEL', KEYS[1], 'holder', 'until') end"""
+    _DELETE = """
+        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'owner')
+        if not v[1] or (ARGV[1] ~= '' and v[2] ~= ARGV[1]) then return 0 end
+        redis.call('DEL', KEYS[1])
+        return {v[1], v[3] or ''}"""
+    _TAKE = """
+        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until', 'expires', 'owner')
+        if not v[1] then return 0 end
+        local now = tonumber(ARGV[1])
+        if v[2] and tonumber(v[3]) > now then return v[3] end
+        if tonumber(v[4]) > now then return v[4] end
+        redis.call('DEL', KEYS[1])
+        return {v[1], v[5] or ''}"""
+
+    def __init__(
+        self,
+        client: Any,
+        *,
+        secret: str | bytes | Sequence[str | bytes],
+        prefix: str = "minisess:",
+        lease: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(secret=secret, lease=lease, clock=clock)
+        if client.get_encoder().decode_responses:
+            raise ValueError("records are bytes: make the Redis client without decode_responses=True")
+        self._client, self._prefix = client, prefix
+        scripts = (self._HOLD, self._WRITE, self._FREE, self._DELETE, self._TAKE)
+        self._hold, self._put, self._free, self._delete, self._take = map(client.register_script, scripts)
+
+    def _place(self, key: str) -> str:
+        return f"{self._prefix}{{{key}}}"
+
+    def _ttl(self, expires: float) -> int:
+        """Milliseconds; a lifetime without end gets a hundred years."""
+        return int(min(expires - self.clock() + self._grace, 3.2e9) * 1000)
+
+    def _index(self, key: str, expires: float, owner: str | None) -> None:
+        self._client.zadd(self._prefix + "due", {key: expires})
+        if owner is not None:
+            self._client.sadd(f"{self._prefix}owner:{owner}", key)
+
+    def _unindex(self, key: str, owner: bytes) -> None:
+        self._client.zrem(self._prefix + "due", key)
+        if owner:
+            self._client.srem(self._prefix.encode() + b"owner:" + owner, key)
+
+    def insert(
+        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
+    ) -> None:
+        self._index(key, expires, owner)
+        holder = {} if token is None else {"holder": token, "until": until}
+        fields = {"record": record, "expires": expires, "owner": owner or "", **holder}
+        pipeline = self._client.pipeline(transaction=False)
+        pipeline.hset(self._place(key), mapping=fields)
+        pipeline.pexpire(self._place(key), self._ttl(expires))
+        pipeline.execute()
+
+    def hold(self, key: str, token: str, now: float, until: float) -> Any:
+        answer = self._hold([self._place(key)], [token, now, until])
+        return {0: None, 1: HELD}[answer] if isinstance(answer, int) else answer
+
+    def read(self, key: str) -> bytes | None:
+        record: bytes | None = self._client.hget(self._place(key), "record")
+        return record
+
+    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
+        args = [token, record, expires, owner or "", self._ttl(expires)]
+        done = self._put([self._place(key)], [*args, 0])
+        if done == 2:
+            # It changes hands, or ends earlier than thought: say so where it is looked for, then write.
+            self._index(key, expires, owner)
+            done = self._put([self._place(key)], [*args, 1])
+        return bool(done)
+
+    def free(self, key: str, token: str) -> None:
+        self._free([self._place(key)], [token])
+
+    def delete(self, key: str, token: str | None = None) -> bytes | None:
+        found = self._delete([self._place(key)], [token or ""])
+        if not found:
+            return None
+        record, owner = found
+        self._unindex(key, owner)
+        return bytes(record)
+
+    def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
+        taken = []
+        for key in self._client.zrangebyscore(self._prefix + "due", "-inf", now, start=0, num=limit):
+            key = key.decode()
+            found = self._take([self._place(key)], [now])
+            if isinstance(found, list):
+                taken.append((key, found[0]))
+                self._unindex(key, found[1])
+            elif found:
+                self._client.zadd(self._prefix + "due", {key: float(found)})
+            else:
+                self._client.zrem(self._prefix + "due", key)
+        return taken
+
+    def owned(self, owner: str) -> list[str]:
+        return [key.decode() for key in self._client.smembers(f"{self._prefix}owner:{owner}")]
+
+    def __len__(self) -> int:
+        return int(self._client.zcard(self._prefix + "due"))
+
+
+# Cookies
+# ---------------------------------------------------------------------------
+
+_UID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+def _is_uid(value: str) -> bool:
+    """Can it be one of our ids?"""
+    return len(value) == 43 and _UID_CHARACTERS.issuperset(value)
+
+
+def _first_cookie(header: str, mark: str) -> str:
+    """The value after the first *mark*, which is "; name=", in a well-formed header.
+
+    Strategy: 0.2 us whatever the header's length, where http.cookies takes 5 to 27.  What isn't
+    found, or is no uid, is left to `_all_cookies`.
+    """
+    return ("; " + header).partition(mark)[2].partition(";")[0]
+
+
+def _all_cookies(header: str, name: str) -> list[str]:
+    """The first four different uids in a Cookie header that stand under *name*, whatever else is there.
+
+    Browsers send the cookie of the longest path first (RFC 6265, 5.4); one of the same name may
+    come from another application on this or a parent domain.
+    """
+    found: list[str] = []
+    for pair in header.replace(",", ";").split(";"):
+        key, _, value = pair.partition("=")
+        value = value.strip(' \t"')
+        if key.strip() == name and _is_uid(value) and value not in found:
+            found.append(value)
+            if len(found) == 4:
+                break
+    return found
+
+
+def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain: str | None, path: str) -> None:
+    """Raise ValueError for what RFC 6265 doesn't allow or browsers would refuse."""
+    token = set("!#$%&'*+-.^_`|~") | {c for c in _UID_CHARACTERS if c.isalnum()}
+    if not name or not token.issuperset(name):
+        raise ValueError(f"cookie={name!r}: a cookie's name is made of letters, digits and !#$%&'*+-.^_`|~")
+    if samesite not in ("Lax", "Strict", "None"):
+        raise ValueError(f"samesite={samesite!r}: it is 'Lax', 'Strict' or 'None'")
+    if samesite == "None" and not secure:
+        raise ValueError("samesite='None' needs secure=True: browsers refuse such cookies without Secure")
+    for option, value in (("domain", domain), ("path", path)):
+        if value is not None and not all(" " < c <= "~" and c not in ";," for c in value):
+            raise ValueError(f"{option}={value!r} contains characters that can't be in a cookie's attributes")
+    if not path.startswith("/"):
+        raise ValueError(f"path={path!r} has to start with a slash")
+    if domain is not None and not domain.strip("."):
+        raise ValueError(f"domain={domain!r} is no domain; leave it out for this host alone")
+    if name.lower().startswith(("__host-", "__secure-")) and not secure:
+        raise ValueError(f"cookie={name!r} needs secure=True: browsers refuse this prefix without Secure")
+    if name.lower().startswith("__host-") and (domain is not None or path != "/"):
+        raise ValueError(f"cookie={name!r} goes with path='/' and no domain=, that is what the prefix promises")
+
+
+# WSGI
+# ---------------------------------------------------------------------------
+
+_KEY = "minisess.session"
+
+
+def _with_directive(
+    headers: list[tuple[str, str]], name: str, directive: str, enough: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    """*headers* with *directive* in the one header *name*, unless that holds any of *enough* already."""
+    others = [(n, v) for n, v in headers if n.lower() != name.lower()]
+    values = [v for n, v in headers if n.lower() == name.lower()]
+    directives = [d.strip().lower() for v in values for d in v.split(",")]
+    if any(d in enough for d in directives):
+        return list(headers)
+    return [*others, (name, ", ".join([*filter(None, values), directive]))]
+
+
+class _Exchange:
+    """One request and its response: opens the session when it is first asked for, saves it before the headers leave.
+
+    The application's start_response is recorded, and passed on when the first of its body is
+    there (PEP 3333 lets headers go no earlier), so that whatever it does until then counts.
+    """
+
+    # fmt: off
+    __slots__ = (
+        "_middleware", "_start", "_status", "_headers", "_exc_info", "_sent",
+        "_session", "_secure", "_uid", "_hold", "_cookie", "_late", "_send",
+    )
+    # fmt: on
+
+    _headers: list[tuple[str, str]]
+    # These are set once there is a session:
+    _secure: bool  # does the cookie need Secure?
+    _uid: str | None  # the live session that the client has a cookie of
+    _hold: Any  # what that session's hold was when it was opened
+    _cookie: str | None  # a Set-Cookie header
+    _late: bool  # was it used after the headers left?
+    _send: Any  # the server's write()
+
+    def __init__(self, middleware: SessionMiddleware, start_response: Any) -> None:
+        self._middleware = middleware
+        self._start = start_response
+        self._status: str | None = None
+        self._exc_info: Any = None
+        self._session: Any = None
+        self._sent = False
+
+    # The session
+
+    def session(self, environ: dict[str, Any]) -> Any:
+        """The session of this request; the same until it ends."""
+        session = self._session
+        if session is None:
+            self._cookie, self._late = None, False
+            session = self._session = self._open(environ) or self._create()
+        elif session._state is _ENDED:
+            self.abort()
+            if session._by != get_ident():
+                self._uid = None  # others ended it, the client's cookie may be a new one by now
+            session = self._session = self._create()
+            self._hold = None
+        if self._sent:
+            self._late = True
+        return session
+
+    def _open(self, environ: dict[str, Any]) -> Any:
+        """The live session that the request has a cookie of, or None."""
+        middleware = self._middleware
+        self._secure = middleware.secure or (middleware.secure is None and environ.get("wsgi.url_scheme") == "https")
+        self._uid = self._hold = None
+        header = environ.get("HTTP_COOKIE")
+        if not header:
+            return None
+        name, mark = middleware._names[self._secure]
+        first = _first_cookie(header, mark)
+        if _is_uid(first):
+            session = self._try(first)
+            if session is not None:
+                return session
+        for uid in _all_cookies(header, name):
+            if uid != first:
+                session = self._try(uid)
+                if session is not None:
+                    return session
+        return None
+
+    def _try(self, uid: str) -> Any:
+        middleware = self._middleware
+        hold = middleware.locking and not self._sent
+        session = middleware.store.open(uid, middleware.patience, hold)
+        if session is None:
+            _log(20, uid, "isn't known (any more)")
+        else:
+            self._uid, self._hold = uid, session._hold
+        return session
+
+    def _create(self) -> Any:
+        if self._sent:
+            raise SessionError(
+                "the headers have left, so a new session couldn't send its cookie: "
+                "call ISession(environ) before the first piece of the body"
+            )
+        middleware = self._middleware
+        return middleware.store.create(middleware.lifetime, middleware.max_lifetime)
+
+    # The response
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """PEP 3333's start_response, for the application."""
+        if self._sent:
+            if exc_info is None:
+                raise AssertionError("start_response was called again, after the headers have left (PEP 3333)")
+            # A server that has them still may replace its headers, it raises exc_info otherwise.
+            return self._start(status, headers if self._session is None else self._dress(headers), exc_info)
+        if self._status is not None and exc_info is None:
+            raise AssertionError("start_response was called twice without exc_info (PEP 3333)")
+        self._status, self._headers, self._exc_info = status, headers, exc_info
+        return self._write
+
+    def _write(self, data: bytes) -> None:
+        if not self._sent:
+            self._send = self.commit()
+        self._send(data)
+
+    def commit(self) -> Any:
+        """Save the session, then let the headers leave."""
+        headers = self._headers
+        if self._session is not None:
+            try:
+                self._settle()
+            except BaseException:
+                self.abort()
+                raise
+            headers = self._dress(headers)
+        self._sent = True
+        if self._exc_info is None:
+            return self._start(self._status, headers)
+        exc_info, self._exc_info = self._exc_info, None
+        return self._start(self._status, headers, exc_info)
+
+    def _settle(self) -> None:
+        """Save and let go of the session, and find out what cookie the client needs."""
+        session, middleware = self._session, self._middleware
+        # After session.release() somebody else may hold it; what is set now waits for their merging, or ours.
+        held = self._hold is not None and session._hold is self._hold
+        if session._state is not _ENDED and (held or session._state is _NEW or not middleware.locking):
+            middleware.store.save(session)
+        if held:
+            middleware.store.release(session)
+        if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
+            self._cookie = self._choose_cookie(session, held)
+
+    def _choose_cookie(self, session: Any, held: bool) -> str | None:
+        """The Set-Cookie header for a session that is new, renewed or over, if it is for this client.
+
+        Who renewed or ended a session matters: a request that still came with the old id (that
+        may be an attacker's) must not be told the new one, nor take away what a login just set.
+        """
+        middleware, mine = self._middleware, session._by == get_ident()
+        if session._state is _STORED:
+            if held or mine or self._uid in (None, session.uid):
+                return middleware._set_cookie(self._secure, session)
+        elif self._uid is not None and (mine or session._state is _NEW):
+            return middleware._delete_cookie(self._secure)
+        return None
+
+    def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The application's headers and ours, in a list of our own (theirs may be a constant)."""
+        for name, _ in headers:
+            if len(name) == 4 and name.lower() == "vary":
+                dressed = _with_directive(headers, "Vary", "Cookie", ("*", "cookie"))
+                break
+        else:
+            dressed = [*headers, ("Vary", "Cookie")]
+        if self._cookie is not None:
+            stricter = ("no-store", "private", "no-cache")
+            dressed = _with_directive(dressed, "Cache-Control", 'no-cache="Set-Cookie"', stricter)
+            dressed.append(("Set-Cookie", self._cookie))
+        return dressed
+
+    # The end
+
+    def abort(self) -> None:
+        """The request failed: let go of its session, save nothing."""
+        session = self._session
+        if session is None:
+            return
+        if session._state is _NEW:
+            session._clear()
+        elif session._hold is not None and session._hold is self._hold:
+            try:
+                self._middleware.store.release(session)
+            except SessionError as error:
+                _log(30, session.uid, "wasn't let go, its lease will end: %s", error)
+
+    def close(self) -> None:
+        """The response is over.  What a body did to its session while it was sent is saved now."""
+        if not self._sent:
+            self.abort()
+        elif self._session is not None and self._late:
+            self._late = False
+            if self._session._state is _STORED:
+                self._middleware.store.save(self._session)
+
+
+class _Body:
+    """The application's body, if it isn't a list: its first piece, or its end, lets the headers leave."""
+
+    __slots__ = ("_exchange", "_result", "_next")
+
+    def __init__(self, exchange: _Exchange, result: Iterable[bytes]) -> None:
+        self._exchange, self._result = exchange, result
+        self._next = iter(result).__next__
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        exchange = self._exchange
+        if exchange._sent:
+            return self._next()
+        try:
+            chunk = self._next()
+        except StopIteration:
+            exchange.commit()
+            raise
+        except BaseException:
+            exchange.abort()
+            raise
+        if not exchange._sent:  # write() may have been called
+            exchange.commit()
+        return chunk
+
+    def close(self) -> None:
+        try:
+            close = getattr(self._result, "close", None)
+            if close is not None:
+                close()
+        finally:
+            self._exchange.close()
+
+    def __del__(self) -> None:
+        # A server that forgets close() doesn't leave the session locked.
+        self._exchange.close()
+
+
+class SessionMiddleware:
+    """Wrap a WSGI application so that ``ISession(environ)`` is the visitor's session (PEP 3333).
+
+    *store*: whatever adapts to `IStore`; None is a `MemoryStore` of its own.
+    *cookie*: the cookie's name; over https it gets the prefix ``__Host-``.
+    *lifetime*: seconds without a request after which a session ends (``session.setLifetime`` overrides it).
+    *max_lifetime*: seconds after which it ends whatever happens.  None is no limit, for both.
+    *locking*: one request of a session at a time; else changes are merged component by component.
+    *patience*: seconds that a request waits for another of the same session, before `SessionBusy`.
+    *secure*: True where a proxy ends TLS; None goes by ``wsgi.url_scheme``; False never sets Secure.
+    *samesite*, *domain*, *path*: as in RFC 6265bis.
+    *persistent*: the cookie outlives the browser (Max-Age), as long as the session does.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Iterable[bytes]],
+        store: object = None,
+        *,
+        cookie: str = "sid",
+        lifetime: float | None = 1800,
+        max_lifetime: float | None = 43200,
+        locking: bool = True,
+        patience: float = 10,
+        secure: bool | None = None,
+        samesite: str = "Lax",
+        domain: str | None = None,
+        path: str = "/",
+        persistent: bool = False,
+    ) -> None:
+        if not callable(app):
+            raise TypeError(f"{app!r} isn't a WSGI application, it can't be called")
+        if patience < 0:
+            raise ValueError(f"patience is a number of seconds, not {patience!r}")
+        _check_cookie_options(cookie, secure, samesite, domain, path)
+        self.app = app
+        self.store: Any = MemoryStore() if store is None else IStore(store)
+        self.cookie, self.lifetime = cookie, _seconds(lifetime, "lifetime")
+        self.max_lifetime = _seconds(max_lifetime, "max_lifetime")
+        self.locking, self.patience, self.secure, self.persistent = locking, patience, secure, persistent
+        self._has_default_store = store is None
+        host = secure is not False and path == "/" and domain is None and not cookie.lower().startswith("__")
+        names = (cookie, "__Host-" + cookie if host else cookie)
+        # For http and for https: the cookie's name, and how it begins in a header.
+        self._names = tuple((name, f"; {name}=") for name in names)
+        attributes = f"; Path={path}" + (f"; Domain={domain}" if domain else "") + f"; HttpOnly; SameSite={samesite}"
+        self._attributes = (attributes, attributes + "; Secure")
+
+    def _set_cookie(self, secure: bool, session: Session) -> str:
+        age = ""
+        if self.persistent:
+            # Browsers keep a cookie for 400 days at most.
+            age = f"; Max-Age={int(min(session.expires - self.store.clock(), 34560000))}"
+        return f"{self._names[secure][0]}={session.uid}{self._attributes[secure]}{age}"
+
+    def _delete_cookie(self, secure: bool) -> str:
+        end = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
+        return f"{self._names[secure][0]}={self._attributes[secure]}{end}"
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        outer = environ.get(_KEY)
+        if outer is not None:
+            if outer._middleware.cookie == self.cookie:
+                self._check_same_store(outer._middleware)
+                return self.app(environ, start_response)
+            environ = environ.copy()  # so that there are two sessions, each where it belongs
+        exchange = environ[_KEY] = _Exchange(self, start_response)
+        try:
+            result = self.app(environ, exchange.start_response)
+            if isinstance(result, (list, tuple)) or self._is_file(environ, result):
+                if exchange._status is None:
+                    exchange.abort()  # no start_response: the server will say so
+                elif not exchange._sent:
+                    exchange.commit()
+                return result
+            return _Body(exchange, result)
+        except BaseException:
+            exchange.close()
+            raise
+
+    def _is_file(self, environ: dict[str, Any], result: object) -> bool:
+        wrapper = environ.get("wsgi.file_wrapper")
+        return isinstance(wrapper, type) and isinstance(result, wrapper)
+
+    def _check_same_store(self, outer: SessionMiddleware) -> None:
+        if not self._has_default_store and self.store is not outer.store:
+            raise SessionError(
+                f"two SessionMiddlewares, one in the other, use the cookie {self.cookie!r} but different stores: "
+                "give one of them another name (cookie=), or both the same store"
+            )
+
+
+def _session_of_environ(environ: dict[str, Any]) -> Any:
+    exchange = environ.get(_KEY)
+    return None if exchange is None else exchange.session(environ)
+
+
+def _session_of_request(request: object) -> Any:
+    environ = getattr(request, "environ", None)
+    return _session_of_environ(environ) if isinstance(environ, dict) else None
+
+
+registerAdapter(_session_of_environ, dict, ISession)
+registerAdapter(_session_of_request, object, ISession)
