@@ -212,7 +212,7 @@ _MISSING: Any = _Missing()
 
 # What an interface remembers of a type, besides None (nothing) and a callable (the adapter):
 _ITSELF: Any = object()  # the object is the answer
-_KEPT: Any = object()  # look into obj._components first
+_KEPT: Any = object()  # look at what obj keeps, see Componentized
 
 # Interfaces by name, for records that name them.
 _interfaces: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -257,12 +257,14 @@ class InterfaceMeta(type):
             except KeyError:
                 plan = cls.registry.plan(cls, type(obj))
             if plan is _KEPT:
-                try:
-                    return obj._components[cls]
-                except KeyError:
+                first = obj._first
+                if first[0] is cls:
+                    return first[1]
+                answer = obj._others.get(cls)
+                if answer is None:
                     answer = obj.__conform__(cls)
-                    if answer is not None:
-                        return answer
+                if answer is not None:
+                    return answer
             elif plan is _ITSELF:
                 return obj
             elif plan is not None:
@@ -315,7 +317,7 @@ _declared: weakref.WeakKeyDictionary[type, tuple[Any, ...]] = weakref.WeakKeyDic
 # Classes by name that may be part of a stored record, see `storable`.
 _storables: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 
-# The `__conform__` and getComponent functions that look into obj._components first.
+# The `__conform__` and getComponent functions that answer with what Componentized keeps, if it does.
 _keepers: set[Any] = set()
 
 # Guards declarations, registrations and what is worked out from them; look-ups that are
@@ -565,6 +567,10 @@ def registerAdapter(factory: Callable[[Any], object], original: type, *interface
 # ---------------------------------------------------------------------------
 
 
+_NO_COMPONENT = (None, None)
+_NO_OTHERS: dict[Any, Any] = {}  # nobody writes into it
+
+
 class Componentized:
     """An object that remembers what it was adapted to, as twisted.python.components.Componentized.
 
@@ -573,15 +579,40 @@ class Componentized:
     ``multiComponent`` is kept under every interface that it provides and is the adapter for.
     """
 
+    # Strategy: most sessions keep one component.  A pair for the first takes a quarter of a dict's
+    # memory, and finding it there half the time; the dict comes with the second.
+    _first: tuple[Any, Any]
+    _others: dict[Any, Any]
+
     def __init__(self) -> None:
-        self._components: dict[Any, Any] = {}
+        self._first, self._others = _NO_COMPONENT, _NO_OTHERS
+
+    def _kept(self) -> list[tuple[Any, Any]]:
+        """All (interface, component), in no order."""
+        first = self._first
+        return [*([] if first is _NO_COMPONENT else [first]), *list(self._others.items())]
+
+    def _keep(self, interface: Any, component: Any) -> None:
+        if self._first[0] in (None, interface):
+            object.__setattr__(self, "_first", (interface, component))
+        elif self._others is _NO_OTHERS:
+            object.__setattr__(self, "_others", {interface: component})
+        else:
+            self._others[interface] = component
+
+    def _drop(self, interface: Any) -> None:
+        if self._first[0] is interface:
+            object.__setattr__(self, "_first", _NO_COMPONENT)
+        else:
+            del self._others[interface]
 
     def setComponent(self, interface: type, component: object) -> None:
         """Make *component*, any object but None, the answer to ``interface(self)``."""
         _require_interfaces([interface])
         if component is None:
             raise TypeError(f"None means that there is no component: use unsetComponent({interface.__name__})")
-        self._components[interface] = component
+        with _lock:
+            self._keep(interface, component)
 
     if TYPE_CHECKING:
 
@@ -592,7 +623,8 @@ class Componentized:
 
     def getComponent(self, interface: Any, default: Any = None) -> Any:
         """The component for *interface*, made and kept if an adapter is registered, or *default*."""
-        kept = self._components.get(interface)
+        first = self._first
+        kept = first[1] if first[0] is interface else self._others.get(interface)
         if kept is not None:
             return kept
         plan = registry.direct(interface, type(self))
@@ -603,25 +635,30 @@ class Componentized:
             return default
         if getattr(adapter, "temporaryAdapter", False):
             return adapter
-        # Two threads may have made one each: the first is everyone's.
-        kept = self._components.setdefault(interface, adapter)
-        if kept is adapter and getattr(adapter, "multiComponent", False):
+        with _lock:
+            # Another thread may have made one, too: the first is everyone's.
+            if Componentized.__contains__(self, interface):
+                return self.getComponent(interface)
+            self._keep(interface, adapter)
+        if getattr(adapter, "multiComponent", False):
             self.addComponent(adapter)
-        return kept
+        return adapter
 
     def __contains__(self, interface: object) -> bool:
         """Is a component kept for *interface*?  Makes none."""
-        return interface in self._components
+        return self._first[0] is interface is not None or interface in self._others
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*; KeyError if there is none."""
-        del self._components[interface]
+        with _lock:
+            self._drop(interface)
 
     def removeComponent(self, component: object) -> list[type]:
         """Forget *component* under all its interfaces, and answer these."""
-        removed = [interface for interface, kept in list(self._components.items()) if kept is component]
-        for interface in removed:
-            del self._components[interface]
+        with _lock:
+            removed = [interface for interface, kept in self._kept() if kept is component]
+            for interface in removed:
+                self._drop(interface)
         return removed
 
     def addComponent(self, component: object, ignoreClass: bool = False) -> None:
@@ -741,7 +778,7 @@ class Session(Componentized):
     # fmt: off
     __slots__ = (
         "uid", "created", "lastModified", "lifetime", "max_lifetime", "owner",
-        "_components", "_callbacks", "_latest", "_store", "_state", "_hold", "_due", "_by",
+        "_first", "_others", "_callbacks", "_since", "_store", "_state", "_hold", "_due", "_by",
     )
     # fmt: on
 
@@ -751,9 +788,8 @@ class Session(Componentized):
     lifetime: float
     max_lifetime: float
     owner: str | None
-    _components: dict[Any, Any]
     _callbacks: list[Any] | None
-    _latest: float  # the absolute deadline
+    _since: float  # when the absolute timeout began to run
     _store: Any
     _state: str
     _hold: Any  # what its store knows the request by that holds it, or held it last
@@ -768,9 +804,10 @@ class Session(Componentized):
         put(self, "lifetime", lifetime)
         put(self, "max_lifetime", max_lifetime)
         put(self, "owner", None)
-        put(self, "_components", {})
+        put(self, "_first", _NO_COMPONENT)
+        put(self, "_others", _NO_OTHERS)
         put(self, "_callbacks", None)
-        put(self, "_latest", now + max_lifetime)
+        put(self, "_since", now)
         put(self, "_store", store)
         put(self, "_state", _NEW)
         put(self, "_hold", None)
@@ -796,14 +833,14 @@ class Session(Componentized):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        names = sorted(getattr(interface, "__name__", str(interface)) for interface in self._components)
+        names = sorted(getattr(interface, "__name__", str(interface)) for interface, _ in self._kept())
         owned = "" if self.owner is None else f" of {self.owner!r}"
         return f"<{type(self).__name__} {_tag(self.uid)}{owned}, {self._state}, keeps {', '.join(names) or 'nothing'}>"
 
     @property
     def expires(self) -> float:
         """When it ends unless something happens: the earlier of the idle and the absolute deadline, UNIX time."""
-        return min(self.lastModified + self.lifetime, self._latest)
+        return min(self.lastModified + self.lifetime, self._since + self.max_lifetime)
 
     def setLifetime(self, seconds: float | None) -> None:
         """Set the idle timeout: it ends *seconds* after the last request that used it; None for never."""
@@ -840,7 +877,7 @@ class Session(Componentized):
         """It belongs to *owner* from now on: a new uid, and the absolute timeout starts again."""
         if not isinstance(owner, str) or not owner:
             raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}")
-        self._change_uid(owner=owner, _latest=self._store.clock() + self.max_lifetime)
+        self._change_uid(owner=owner, _since=self._store.clock())
 
     def _change_uid(self, **fields: object) -> None:
         if self._state is _ENDED:
@@ -859,7 +896,8 @@ class Session(Componentized):
 
     def _is_empty(self) -> bool:
         """Is there nothing on it that anyone might come back for?"""
-        return not (self._components or self.owner is not None or self._callbacks or self.__dict__)
+        nothing = self._first is _NO_COMPONENT and not self._others and self.owner is None and not self._callbacks
+        return nothing and not self.__dict__
 
     def _resolve(self, callback: Any) -> Any:
         return callback
@@ -877,8 +915,7 @@ class Session(Componentized):
 
     def _clear(self) -> None:
         """Break the cycles through components that refer to the session."""
-        self._put(_callbacks=None)
-        self._components.clear()
+        self._put(_callbacks=None, _first=_NO_COMPONENT, _others=_NO_OTHERS)
         self.__dict__.clear()
 
 
@@ -1025,7 +1062,7 @@ class MemoryStore:
             self._free(uid, token)
             return None
         _set_hold(session, token)
-        if now >= session.lastModified + session.lifetime or now >= session._latest:
+        if now >= session.lastModified + session.lifetime or now >= session._since + session.max_lifetime:
             self.discard(session)
             self._free(uid, token)
             return None
@@ -1376,7 +1413,7 @@ class StoredSession(Session):
 
         def keep(component: Any) -> None:
             if interface is not None:
-                self._components[interface] = component
+                self._keep(interface, component)
 
         # These are made anew for each blob: all that a forged record can do to them dies with it.
         def make(name: str, flags: int, *args: object) -> Any:
@@ -1389,7 +1426,7 @@ class StoredSession(Session):
         def ref(other: str) -> Any:
             if not other:
                 return self
-            kept = self._components.get(_interfaces.get(other))
+            kept = dict(self._kept()).get(_interfaces.get(other))
             if kept is None and other not in self._opened:
                 return self._load(other)
             return kept
@@ -1399,7 +1436,8 @@ class StoredSession(Session):
             component = _Reader(self._blobs[key], make, ref).load()
         except BaseException:
             self._opened.discard(key)
-            self._components.pop(interface, None)
+            if Componentized.__contains__(self, interface):
+                self._drop(interface)
             raise
         keep(component)
         return component
@@ -1433,8 +1471,8 @@ class StoredSession(Session):
                 _log(30, self.uid, "keeps %s that can't be opened: %s", key, error)
 
     def __contains__(self, interface: object) -> bool:
-        if interface in self._components or not isinstance(interface, InterfaceMeta):
-            return interface in self._components
+        if super().__contains__(interface) or not isinstance(interface, InterfaceMeta):
+            return super().__contains__(interface)
         key = _name(interface)
         return key in self._blobs and key not in self._opened
 
@@ -1447,7 +1485,8 @@ class StoredSession(Session):
     def unsetComponent(self, interface: type) -> None:
         if interface in self:
             self._load_all()
-            self._components.setdefault(interface, None)  # one that can't be opened goes as well
+            if not super().__contains__(interface):
+                self._keep(interface, None)  # one that can't be opened goes as well
             self._opened.add(_name(interface))
         super().unsetComponent(interface)
 
@@ -1463,7 +1502,7 @@ class StoredSession(Session):
 
     def _callback(self, callback: Any) -> Any:
         target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
-        for interface, component in self._components.items():
+        for interface, component in self._kept():
             if component is target and getattr(component, name, None) == callback:
                 return _name(interface), name
         raise TypeError(
@@ -1473,7 +1512,7 @@ class StoredSession(Session):
 
     def _resolve(self, callback: Any) -> Any:
         key, name = callback
-        component = self._components.get(_interfaces.get(key))
+        component = dict(self._kept()).get(_interfaces.get(key))
         return getattr(self._load(key) if component is None else component, name)
 
     # Writing
@@ -1482,13 +1521,14 @@ class StoredSession(Session):
         """The blobs of all that was opened or set."""
         refs = {id(self): ""}
         writer: type[_Writer] = _Writer
-        for interface, component in self._components.items():
+        kept = self._kept()
+        for interface, component in kept:
             if not isinstance(component, _ATOMS):
                 refs.setdefault(id(component), _name(interface))
                 if type(component) in _CONTAINERS:
                     writer = _LinkingWriter
-        items = {_name(interface): component for interface, component in self._components.items()}
-        for interface in self._components:
+        items = {_name(interface): component for interface, component in kept}
+        for interface, _ in kept:
             if _interfaces.get(_name(interface)) is not interface:
                 raise NotStorable(_name(interface), "the place of another interface of that name")
         items.update(("." + name, value) for name, value in self.__dict__.items())
@@ -1525,13 +1565,13 @@ class StoredSession(Session):
             self.lastModified,
             self.lifetime,
             self.max_lifetime,
-            self._latest,
+            self._since,
             self.owner,
             tuple(self._callbacks or ()),
         )
 
     def _set_fields(self, fields: tuple[Any, ...]) -> None:
-        names = ("created", "lastModified", "lifetime", "max_lifetime", "_latest", "owner")
+        names = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner")
         self._put(_meta=fields, _callbacks=list(fields[6]) or None, **dict(zip(names, fields, strict=False)))
 
 
@@ -2277,7 +2317,9 @@ def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain:
 
 _KEY = "minisess.session"
 
-_VARY = ("Vary", "Cookie")
+# What a response with a new cookie says to shared caches, and what says more.
+_NO_CACHE = 'no-cache="Set-Cookie"'
+_STRICTER = ("no-store", "private", "no-cache", _NO_CACHE.lower())
 
 
 def _with_directive(
@@ -2342,8 +2384,7 @@ class _Exchange:
     def _open(self, environ: dict[str, Any]) -> Any:
         """The live session that the request has a cookie of, or None."""
         middleware = self._middleware
-        secure = middleware.secure
-        self._secure = secure = environ["wsgi.url_scheme"] == "https" if secure is None else secure
+        self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         self._uid = self._hold = self._cookie = None
         self._late = False
         header = environ.get("HTTP_COOKIE")
@@ -2351,19 +2392,18 @@ class _Exchange:
             return None
         # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
         # 0.15 us whatever the header's length, http.cookies 5 to 27.
-        name, mark = middleware._names[secure]
-        uid = ("; " + header).partition(mark)[2].partition(";")[0]
+        uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
         if uid in middleware._candidates:
             session = middleware.store.open(uid, middleware.patience, middleware.locking and not self._sent)
             if session is not None:
                 self._uid, self._hold = uid, session._hold
                 return session
-        for uid in _all_cookies(header, name):
-            session = middleware.store.open(uid, middleware.patience, middleware.locking and not self._sent)
+        for other in _all_cookies(header, middleware._names[secure]):
+            session = middleware.store.open(other, middleware.patience, middleware.locking and not self._sent)
             if session is not None:
-                self._uid, self._hold = uid, session._hold
+                self._uid, self._hold = other, session._hold
                 return session
-            _log(20, uid, "isn't known (any more)")
+            _log(20, other, "isn't known (any more)")
         return None
 
     def _create(self) -> Any:
@@ -2407,13 +2447,7 @@ class _Exchange:
                     middleware.store.release(session)
             if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
                 self._cookie = self._choose_cookie(session, held)
-            # Strategy: the usual case of _dress, without the call.
-            for header, _ in headers:
-                if len(header) == 4:
-                    headers = self._dress(headers)
-                    break
-            else:
-                headers = [*headers, _VARY] if self._cookie is None else self._dress(headers)
+            headers = self._dress(headers)
         self._sent = True
         if self._exc_info is None:
             self._send = self._start(self._status, headers)
@@ -2437,12 +2471,19 @@ class _Exchange:
 
     def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The application's headers and ours, in a list of our own (theirs may be a constant)."""
-        dressed = _with_directive(headers, "Vary", "Cookie", ("*", "cookie"))
-        if self._cookie is not None:
-            stricter = ("no-store", "private", "no-cache", 'no-cache="set-cookie"')
-            dressed = _with_directive(dressed, "Cache-Control", 'no-cache="Set-Cookie"', stricter)
-            dressed.append(("Set-Cookie", self._cookie))
-        return dressed
+        cookie = self._cookie
+        # Strategy: most responses have neither header, which their lengths tell for half the price.
+        for name, _ in headers:
+            if len(name) == 4 or len(name) == 13:
+                headers = _with_directive(headers, "Vary", "Cookie", ("*", "cookie"))
+                if cookie is not None:
+                    headers = _with_directive(headers, "Cache-Control", _NO_CACHE, _STRICTER)
+                break
+        else:
+            if cookie is None:
+                return [*headers, ("Vary", "Cookie")]
+            headers = [*headers, ("Vary", "Cookie"), ("Cache-Control", _NO_CACHE)]
+        return headers if cookie is None else [*headers, ("Set-Cookie", cookie)]
 
     # The end
 
@@ -2550,13 +2591,14 @@ class SessionMiddleware:
         self.max_lifetime = _seconds(max_lifetime, "max_lifetime")
         self.locking, self.patience, self.secure, self.persistent = locking, patience, secure, persistent
         self._has_default_store = store is None
+        self._secure_schemes = {None: ("https",), True: ("http", "https"), False: ()}[secure]
         # What may be a session's id.  Strategy: what is in the dict is well-formed, and finding it
         # there takes a tenth of checking its characters.
         self._candidates = self.store._sessions if isinstance(self.store, MemoryStore) else _Uids()
         host = secure is not False and path == "/" and domain is None and not cookie.lower().startswith("__")
-        names = (cookie, "__Host-" + cookie if host else cookie)
-        # For http and for https: the cookie's name, and how it begins in a header.
-        self._names = tuple((name, f"; {name}=") for name in names)
+        # Each of these for http and for https: the cookie's name, how it begins in a header, what follows its value.
+        self._names = (cookie, "__Host-" + cookie if host else cookie)
+        self._marks = tuple(f"; {name}=" for name in self._names)
         attributes = f"; Path={path}" + (f"; Domain={domain}" if domain else "") + f"; HttpOnly; SameSite={samesite}"
         self._attributes = (attributes, attributes + "; Secure")
 
@@ -2565,11 +2607,11 @@ class SessionMiddleware:
         if self.persistent:
             # Browsers keep a cookie for 400 days at most.
             age = f"; Max-Age={int(min(session.expires - self.store.clock(), 34560000))}"
-        return f"{self._names[secure][0]}={session.uid}{self._attributes[secure]}{age}"
+        return f"{self._names[secure]}={session.uid}{self._attributes[secure]}{age}"
 
     def _delete_cookie(self, secure: bool) -> str:
         end = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
-        return f"{self._names[secure][0]}={self._attributes[secure]}{end}"
+        return f"{self._names[secure]}={self._attributes[secure]}{end}"
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         outer = environ.get(_KEY)

@@ -1,0 +1,349 @@
+"""A page to look at: what your session is, what is kept on it, and how long it will live.
+
+    python3 -m examples.inspector       (open it, press the buttons; then open a second tab, or a private window)
+
+    curl -c jar -b jar http://127.0.0.1:8000/                                   the page, with its token=...
+    curl -i -c jar -b jar -d 'do=click&token=...' http://127.0.0.1:8000/        303; or do=touch, renew, login, ...
+    curl -i -c jar -b jar -d 'do=click' http://127.0.0.1:8000/                  403, the token is missing
+
+It ends after a minute without a request, so that one can watch it do so.
+"""
+
+from hmac import compare_digest
+from html import escape
+from secrets import token_urlsafe
+from urllib.parse import parse_qs
+
+from examples import serve
+from minisess import Interface, ISession, MemoryStore, Session, SessionMiddleware, implementer, registerAdapter
+
+# What is kept on the session
+# ---------------------------------------------------------------------------
+
+
+class IClicks(Interface):
+    count: int
+
+
+class IToken(Interface):
+    value: str
+
+    def check(self, form): ...
+
+
+class IVisitor(Interface):
+    name: str
+
+
+@implementer(IClicks)
+class Clicks:
+    def __init__(self, session):
+        self.count = 0
+
+    def __repr__(self):
+        return f"Clicks, count = {self.count}"
+
+
+@implementer(IToken)
+class Token:
+    """A secret that only our own pages contain, so other sites can't press our buttons."""
+
+    def __init__(self, session):
+        self.value = token_urlsafe(16)
+
+    def check(self, form):
+        return compare_digest(form.get("token", "").encode(), self.value.encode())
+
+    def __repr__(self):
+        return f"Token, value = {self.value[:4]}…"
+
+
+@implementer(IVisitor)
+class Visitor:
+    """Made by logging in, not by an adapter: there is no visitor before."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return f"Visitor, name = {self.name}"
+
+
+registerAdapter(Clicks, Session, IClicks)
+registerAdapter(Token, Session, IToken)
+
+# What the buttons do
+# ---------------------------------------------------------------------------
+
+
+def click(session, form):
+    IClicks(session).count += 1
+
+
+def touch(session, form):
+    session.touch()  # every request does that, this one does nothing else
+
+
+def renew(session, form):
+    session.renew()
+
+
+def login(session, form):
+    name = form.get("name", "").strip()[:20] or "somebody"
+    session.login(name)
+    session.setComponent(IVisitor, Visitor(name))
+
+
+def end(session, form):
+    session.expire()
+
+
+# What they do, their text, and where they lead.
+BUTTONS = {
+    "click": (click, "+1", "/"),
+    "touch": (touch, "Keep alive", "/"),
+    "renew": (renew, "Renew", "/"),
+    "login": (login, "Log in", "/"),
+    "logout": (end, "Log out", "/"),
+    "expire": (end, "Expire", "/gone"),
+}
+
+# The page
+# ---------------------------------------------------------------------------
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f3f4f1; --card: #fff; --ink: #1c2321; --soft: #66706c; --line: #e2e5e1; --well: #eceeea;
+  --accent: #0f766e; --accent-ink: #fff; --warn: #b45309; --stop: #b91c1c;
+  --shadow: 0 1px 2px #0000000d, 0 12px 32px -12px #00000024;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121615; --card: #1b201f; --ink: #e6ebe8; --soft: #98a39e; --line: #2e3533; --well: #262c2a;
+    --accent: #4fd1c0; --accent-ink: #06201c; --warn: #f0a848; --stop: #f47c74;
+    --shadow: 0 12px 32px -12px #000;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; padding: clamp(.75rem, 4vw, 3rem) clamp(.75rem, 4vw, 2rem); background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+}
+main {
+  max-width: 42rem; margin: 0 auto; padding: clamp(1.1rem, 4vw, 2rem); border: 1px solid var(--line);
+  border-radius: 1rem; background: var(--card); box-shadow: var(--shadow);
+}
+header { display: flex; align-items: center; gap: 1rem; }
+.swatch {
+  flex: none; width: 3.25rem; height: 3.25rem; border-radius: .9rem;
+  background: linear-gradient(135deg, hsl(var(--hue) 60% 58%), hsl(calc(var(--hue) + 45) 60% 42%));
+}
+header p { margin: 0; color: var(--soft); font-size: .875rem; }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; letter-spacing: .02em; }
+h1, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-weight: 600; }
+.owner {
+  max-width: 45%; margin-left: auto; padding: .25rem .75rem; overflow: hidden; border-radius: 1rem;
+  background: var(--well); font-size: .875rem; text-overflow: ellipsis; white-space: nowrap;
+}
+.bar { height: .6rem; margin: 1.6rem 0 .5rem; overflow: hidden; border-radius: .3rem; background: var(--well); }
+.bar i {
+  display: block; width: 100%; height: 100%; border-radius: inherit; background: var(--accent);
+  transform-origin: left; transition: transform .2s linear, background-color .6s;
+}
+.low .bar i { background: var(--warn); }
+.time { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; margin: 0; color: var(--soft); }
+.time b { color: var(--ink); font-variant-numeric: tabular-nums; }
+.low .time b { color: var(--warn); }
+.buttons { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 0; }
+.buttons form { display: contents; }
+button, .button, input {
+  min-height: 2.75rem; padding: 0 1.1rem; border: 1px solid var(--line); border-radius: .65rem;
+  background: var(--card); color: inherit; font: inherit; font-weight: 500;
+}
+button, .button { display: inline-flex; align-items: center; justify-content: center; cursor: pointer; text-decoration: none; }
+button:hover, .button:hover { background: var(--well); }
+.main, .main:hover { border-color: var(--accent); background: var(--accent); color: var(--accent-ink); font-weight: 600; }
+.main:hover { filter: brightness(1.08); }
+.stop { color: var(--stop); }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+input { width: 8rem; font-weight: 400; }
+.pair { display: flex; }
+.pair input { border-radius: .65rem 0 0 .65rem; border-right: 0; }
+.pair button { border-radius: 0 .65rem .65rem 0; white-space: nowrap; }
+h2 { margin: 1.8rem 0 .3rem; color: var(--soft); font-size: .875rem; font-weight: 600; }
+dl { display: grid; grid-template-columns: minmax(7rem, 11rem) 1fr; margin: 0; }
+dt, dd { margin: 0; padding: .5rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+dt { color: var(--soft); }
+dt:has(code) { color: inherit; }
+code { font-size: .9em; }
+footer { max-width: 42rem; margin: 1.2rem auto 0; color: var(--soft); font-size: .875rem; text-align: center; }
+a { color: inherit; }
+.gone { display: none; margin: 1.4rem 0 0; }
+.over .gone { display: block; }
+.over :is(.buttons, .time, .owner, .kept) { display: none; }
+.over .swatch { background: var(--well); }
+.over .bar i { transform: scaleX(0); }
+.over h1 { color: var(--soft); text-decoration: line-through; text-decoration-thickness: 1px; }
+@media (max-width: 30rem) {
+  .buttons > *, .buttons form > * { flex: 1 1 40%; }
+  .pair { flex-basis: 100% !important; }
+  .pair input { flex: 1; width: 0; }
+  dl { grid-template-columns: minmax(6rem, 8.5rem) 1fr; }
+}
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
+"""
+
+SCRIPT = """
+const page = document.body, {state, lifetime} = page.dataset
+const $ = selector => document.querySelector(selector)
+let end = Date.now() + 1000 * page.dataset.left
+
+function show() {
+  const left = Math.max(0, (end - Date.now()) / 1000), share = Math.min(1, left / lifetime)
+  $(".bar i").style.transform = `scaleX(${share})`
+  $(".bar").setAttribute("aria-valuenow", Math.round(100 * share))
+  $(".time b").textContent = `${Math.floor(Math.ceil(left) / 60)}:${String(Math.ceil(left) % 60).padStart(2, "0")}`
+  page.classList.toggle("low", share < .25)
+  if (left === 0) over()
+}
+function over() {
+  clearInterval(timer)
+  page.classList.add("over")
+  $(".bar i").style.transform = ""
+  $("header p").textContent = document.title = "This session has expired"
+}
+const timer = setInterval(show, 200)
+if (page.classList.contains("over")) over(); else show()
+
+// Tabs tell each other what they were told, so that looking at it doesn't keep it alive.
+const tabs = new BroadcastChannel("inspector")
+tabs.onmessage = ({data}) => {
+  if (data.state === state) end = data.end
+  else if (data.state === "over") over()
+  else location.reload()
+}
+if (state) tabs.postMessage({state, end})
+"""
+
+PAGE = """<!doctype html>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel=icon href="data:,">
+<style nonce={nonce}>{style}</style>
+<style nonce={nonce}>:root {{ --hue: {hue} }}</style>
+<body class="{kind}" data-state="{state}" data-left={left:.3f} data-lifetime={lifetime:.0f}>
+<main>
+<header>
+  <span class=swatch></span>
+  <div><p aria-live=polite>{title}</p><h1>{tag}</h1></div>
+  <span class=owner>{owner}</span>
+</header>
+<div class=bar role=progressbar aria-label="Time left" aria-valuemin=0 aria-valuemax=100><i></i></div>
+<p class=time><span><b role=timer>{left:.0f} s</b> left</span> <span>{until}</span></p>
+<p class=gone>It is gone from the store, with all that was kept on it. <br><br><a class="button main" href="/">Start a new one</a></p>
+<div class=buttons>{buttons}</div>
+<div class=kept>{tables}</div>
+</main>
+<footer>{footer}</footer>
+<script nonce={nonce}>{script}</script>
+"""
+
+
+def button(name, kind="", field=""):
+    return f'{field}<button name=do value={name} class="{kind}">{BUTTONS[name][1]}</button>'
+
+
+def table(title, rows):
+    cells = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows)
+    return f"<h2>{title}</h2><dl>{cells or '<dt>none</dt><dd></dd>'}</dl>"
+
+
+def code(name):
+    return f"<code>{escape(name)}</code>"
+
+
+def live_page(session):
+    """What PAGE has to be told of a session."""
+    tag = repr(session).strip("<>").split()[1].strip(",")  # a hash of its id, as the log has it
+    now, token = store.clock(), IToken(session)
+    kept = [interface for interface in (IClicks, IToken, IVisitor) if interface in session]
+    age = int(now - session.created)
+    who = '<input name=name value=ann maxlength=20 required aria-label="Your name">'
+    enter = f"<span class=pair>{button('login', field=who)}</span>"
+    buttons = [
+        button("click", "main"),
+        button("touch"),
+        button("renew"),
+        button("logout") if session.owner else enter,
+        button("expire", "stop"),
+    ]
+    hidden = f'<input type=hidden name=token value="{token.value}">'
+    return {
+        "title": "Your session",
+        "kind": "live",
+        "tag": tag,
+        "hue": int(tag, 16) % 360,
+        "owner": escape(session.owner or "nobody's"),
+        "left": session.expires - now,
+        "lifetime": session.lifetime,
+        "until": "whatever you do"
+        if session.expires < session.lastModified + session.lifetime
+        else "unless you do something",
+        "state": f"{tag} {IClicks(session).count if IClicks in session else 0}",
+        "buttons": "".join(f"<form method=post>{hidden}{each}</form>" for each in buttons),
+        "tables": table("Components", [(code(interface.__name__), repr(interface(session))) for interface in kept])
+        + table("Attributes", [(code(name), repr(value)) for name, value in sorted(vars(session).items())])
+        + table(
+            "The session itself",
+            [
+                ("Age", f"{age // 60} min {age % 60} s" if age >= 60 else f"{age} s"),
+                ("Owner", session.owner or "none"),
+                ("Idle timeout", f"{session.lifetime:.0f} s without a request"),
+                ("Absolute timeout", f"{session.max_lifetime / 60:.0f} min after it began, or after the last login"),
+            ],
+        ),
+        "footer": "A <a href=/ target=_blank>second tab</a> shows the same session, a private window another one.",
+    }
+
+
+def dead_page(state):
+    """The same for one that is over; it makes no new one."""
+    blank = dict.fromkeys(("owner", "until", "buttons", "tables", "footer"), "")
+    more = {"title": "This session has expired", "kind": "over", "tag": "expired", "hue": 0, "state": state}
+    return {**blank, **more, "left": 0, "lifetime": LIFETIME}
+
+
+# The application
+# ---------------------------------------------------------------------------
+
+
+def app(environ, start_response):
+    def answer(page, status="200 OK", *headers):
+        nonce = token_urlsafe(12)
+        policy = f"default-src 'none'; img-src data:; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+        policy += "; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        kind = ("Content-Type", "text/html; charset=utf-8")
+        start_response(status, [kind, ("Content-Security-Policy", policy), ("Cache-Control", "no-store"), *headers])
+        return [PAGE.format(**page, nonce=nonce, style=STYLE, script=SCRIPT).encode()]
+
+    if environ["PATH_INFO"] != "/":
+        # Nothing here asks for the session, so this is no activity and starts none.
+        return answer(dead_page("over"), "200 OK" if environ["PATH_INFO"] == "/gone" else "404 Not Found")
+    session = ISession(environ)
+    if environ["REQUEST_METHOD"] != "POST":
+        return answer(live_page(session))
+    body = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), 1000))
+    form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
+    if IToken not in session or not IToken(session).check(form) or form.get("do") not in BUTTONS:
+        return answer(dead_page(""), "403 Forbidden")
+    action, session.last_button, where = BUTTONS[form["do"]]
+    action(session, form)
+    return answer(dead_page(""), "303 See Other", ("Location", where))
+
+
+LIFETIME = 60
+store = MemoryStore(capacity=100_000)
+application = SessionMiddleware(app, store, lifetime=LIFETIME, max_lifetime=600)
+
+if __name__ == "__main__":
+    serve(application)
