@@ -262,7 +262,7 @@ class InterfaceMeta(type):
                     return first[1]
                 answer = obj._others.get(cls)
                 if answer is None:
-                    answer = obj.__conform__(cls)
+                    answer = type(obj).__conform__(obj, cls)
                 if answer is not None:
                     return answer
             elif plan is _ITSELF:
@@ -396,6 +396,7 @@ class AdapterRegistry:
         # What was worked out, until something changes:
         self._orders: dict[type, tuple[type, ...]] = {}
         self._found: dict[tuple[type, type], Any] = {}
+        self._planned: set[Any] = set()  # the interfaces that remember plans
 
     def register(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
         """Make ``factory(obj)`` adapt objects of *original*, a class or an interface, to each of *interfaces*.
@@ -418,8 +419,9 @@ class AdapterRegistry:
             for interface in interfaces:
                 self._factories.setdefault(original, {})[interface] = factory
                 if interface not in self._targets:
-                    bases = [t for t in self._targets if issubclass(interface, t)]
-                    others = [t for t in self._targets if not issubclass(interface, t)]
+                    above = set(self.order(interface))
+                    bases = [t for t in self._targets if t in above]
+                    others = [t for t in self._targets if t not in above]
                     self._targets = [*bases, interface, *others]
             if isinstance(factory, type):
                 _storables[_name(factory)] = factory
@@ -430,7 +432,7 @@ class AdapterRegistry:
         with _lock:
             known = self._factories.get(original, {})
             for interface in interfaces:
-                if known.get(interface) is not factory:
+                if interface not in known or known[interface] != factory:
                     raise KeyError((factory, original, interface))
             for interface in interfaces:
                 del known[interface]
@@ -449,6 +451,8 @@ class AdapterRegistry:
         for source in self.order(original):
             known = self._factories.get(source)
             if known:
+                if interface in known:
+                    return known[interface]
                 for target in self._targets:
                     if target in known and issubclass(target, interface):
                         return known[target]
@@ -491,16 +495,17 @@ class AdapterRegistry:
                 else:
                     plan = _conforming(conform, interface, kind, plan)
             interface._plans[kind] = plan
+            self._planned.add(interface)  # in this order, see forget
         return plan
 
-    def forget(self, interface: Any = Interface) -> None:
+    def forget(self) -> None:
         """Drop all that was worked out: it may be wrong by now, and it keeps classes alive."""
-        if interface is Interface:
-            self._orders.clear()
-            self._found.clear()
-        interface._plans.clear()
-        for derived in type.__subclasses__(interface):
-            self.forget(derived)
+        self._orders.clear()
+        self._found.clear()
+        # The garbage collector may call this at any point of `plan`: no plan may stay that isn't in _planned.
+        for interface in list(self._planned):
+            self._planned.discard(interface)
+            interface._plans.clear()
 
 
 registry = InterfaceMeta.registry = AdapterRegistry()
@@ -536,7 +541,8 @@ def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
             # What extends an interface declared before goes in front of it, or there would be no C3 order.
             before = [i for i in added if any(issubclass(i, o) for o in own)]
             _declared[cls] = (*before, *own, *(i for i in added if i not in before))
-            _storables[_name(cls)] = cls
+            if cls.__module__ != __name__:  # sessions and stores are no part of a record
+                _storables[_name(cls)] = cls
             registry.forget()
         return cls
 
@@ -593,7 +599,7 @@ class Componentized:
         return [*([] if first is _NO_COMPONENT else [first]), *list(self._others.items())]
 
     def _keep(self, interface: Any, component: Any) -> None:
-        if self._first[0] in (None, interface):
+        if self._first[0] is interface or (self._first[0] is None and interface not in self._others):
             object.__setattr__(self, "_first", (interface, component))
         elif self._others is _NO_OTHERS:
             object.__setattr__(self, "_others", {interface: component})
@@ -640,8 +646,10 @@ class Componentized:
             if Componentized.__contains__(self, interface):
                 return self.getComponent(interface)
             self._keep(interface, adapter)
-        if getattr(adapter, "multiComponent", False):
-            self.addComponent(adapter)
+            if getattr(adapter, "multiComponent", False):
+                for other in providedBy(adapter):
+                    if other not in self and self.locateAdapterClass(type(self), other, None) is type(adapter):
+                        self._keep(other, adapter)
         return adapter
 
     def __contains__(self, interface: object) -> bool:
@@ -704,8 +712,9 @@ class Adapter:
         self.original = original
 
     def __conform__(self, interface: Any) -> Any:
-        conform = getattr(self.original, "__conform__", None)
-        return None if conform is None else conform(interface)
+        kind = type(self.original)
+        conform = _special(kind, "__conform__")
+        return None if conform is None else conform.__get__(self.original, kind)(interface)
 
 
 # Sessions
@@ -1253,7 +1262,8 @@ def storable(cls: type[T]) -> type[T]:
     """Class decorator: instances may be part of what a persistent store keeps.
 
     Classes under `implementer` and registered adapter classes may be already.  Whoever can forge
-    a record (so knows the secret) can construct objects of these classes with any state.
+    a record, so knows the secret, can construct objects of these classes in any state and have
+    pickle fill them (``__setstate__``, ``append``, ``__setitem__`` ...), or make the process fail.
     """
     if not isinstance(cls, type):
         raise TypeError(f"storable decorates classes, {cls!r} isn't one")
@@ -1264,7 +1274,8 @@ def storable(cls: type[T]) -> type[T]:
 # Plain values that may be stored though nobody declared them.  (int, str, bytes, float, bool, None,
 # list, tuple, dict, set, frozenset and bytearray are part of the pickle format itself.)
 _VALUES = frozenset(
-    "builtins.list builtins.dict builtins.complex collections.deque collections.OrderedDict collections.Counter "
+    "builtins.list builtins.dict builtins.set builtins.complex "
+    "collections.deque collections.OrderedDict collections.Counter "
     "datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone "
     "decimal.Decimal fractions.Fraction uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split()
 )
@@ -1298,8 +1309,13 @@ def _ref(key: str) -> Any:
     raise NotImplementedError
 
 
+def _fill(container: set[Any], items: tuple[Any, ...]) -> None:
+    """Stands in a record for: put *items* into a set.  Nor is this."""
+    raise NotImplementedError
+
+
 class _Root:
-    """Wraps a list or dict that is a component, so that it is made before what it contains."""
+    """Wraps a list, dict or set that is a component, so that it is made before what it contains."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
@@ -1326,10 +1342,12 @@ class _Writer(pickle.Pickler):
         return name
 
     def reducer_override(self, obj: Any) -> Any:
-        if obj is _make or obj is _ref:
+        if obj is _make or obj is _ref or obj is _fill:
             return NotImplemented
         if isinstance(obj, _Root):
             kind = type(obj.container)
+            if kind is set:
+                return _make, (_name(kind), _CALL | _ROOT), tuple(obj.container), None, None, _fill
             items = iter(obj.container) if kind is list else None
             pairs = iter(obj.container.items()) if kind is dict else None
             return _make, (_name(kind), _CALL | _ROOT), None, items, pairs
@@ -1365,7 +1383,7 @@ class _LinkingWriter(_Writer):
     """
 
     def persistent_id(self, obj: object) -> str | None:
-        shared = type(obj) in (list, dict) or (type(obj) in _CONTAINERS and obj is not self.root)
+        shared = type(obj) in _CONTAINERS and (obj is not self.root or type(obj) is not bytearray)
         return self.refs.get(id(obj)) if shared else None
 
 
@@ -1374,7 +1392,7 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, blob: bytes, make: Any = None, ref: Any = None) -> None:
         super().__init__(io.BytesIO(blob))
-        self.functions = {"_make": make, "_ref": ref}
+        self.functions = {"_make": make, "_ref": ref, "_fill": set.update if make else None}
 
     def find_class(self, module: str, name: str) -> Any:
         function = self.functions.get(name)
@@ -1399,9 +1417,21 @@ class StoredSession(Session):
     _opened: set[str]  # the keys of those blobs that are objects by now, or were removed
     _meta: tuple[Any, ...]  # the fields as they are stored
 
-    def __init__(self, store: Any, uid: str, key: str, now: float, lifetime: float, max_lifetime: float) -> None:
-        super().__init__(store, uid, now, lifetime, max_lifetime)
-        self._put(_key=key, _blobs={}, _opened=set(), _meta=None)
+    def __init__(
+        self, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
+    ) -> None:
+        put = object.__setattr__
+        put(self, "uid", uid)
+        put(self, "_key", key)
+        put(self, "_store", store)
+        put(self, "_state", state)
+        put(self, "_blobs", blobs)
+        put(self, "_opened", set())
+        put(self, "_first", _NO_COMPONENT)
+        put(self, "_others", _NO_OTHERS)
+        put(self, "_hold", None)
+        put(self, "_by", None)
+        self._set_fields(fields)
 
     # Reading
 
@@ -1427,17 +1457,22 @@ class StoredSession(Session):
             if not other:
                 return self
             kept = dict(self._kept()).get(_interfaces.get(other))
-            if kept is None and other not in self._opened:
+            if kept is None:
+                if other in self._opened:
+                    raise SealError(f"{key} and {other} contain each other, and neither can be made first")
                 return self._load(other)
             return kept
 
+        before = self._opened.copy()
         self._opened.add(key)
         try:
             component = _Reader(self._blobs[key], make, ref).load()
         except BaseException:
-            self._opened.discard(key)
-            if Componentized.__contains__(self, interface):
-                self._drop(interface)
+            # Components that were opened on its behalf may refer to something half made: open them anew.
+            for kept, _ in self._kept():
+                if _name(kept) in self._opened - before:
+                    self._drop(kept)
+            self._put(_opened=before)
             raise
         keep(component)
         return component
@@ -1458,9 +1493,14 @@ class StoredSession(Session):
         for key in self._blobs:
             if key.startswith("."):
                 try:
+                    if hasattr(type(self), key[1:]):
+                        raise SealError("it would hide what belongs to every session")
                     self.__dict__[key[1:]] = self._load(key)
                 except Exception as error:
                     _log(30, self.uid, "keeps an attribute %s that can't be opened: %s", key[1:], error)
+
+    def __setstate__(self, state: object) -> None:
+        raise SealError("a record can't set the state of the session itself")
 
     def _load_all(self) -> None:
         """Open what can be opened: before a component goes, those that refer to it must have it in hand."""
@@ -1513,7 +1553,10 @@ class StoredSession(Session):
     def _resolve(self, callback: Any) -> Any:
         key, name = callback
         component = dict(self._kept()).get(_interfaces.get(key))
-        return getattr(self._load(key) if component is None else component, name)
+        component = self._load(key) if component is None else component
+        if name.startswith("__") or not hasattr(type(component), name):
+            raise SealError(f"a record names {name!r} for a callback, which is no method")
+        return getattr(component, name)
 
     # Writing
 
@@ -1545,7 +1588,7 @@ class StoredSession(Session):
             name, root = f"the component {key}", None  # kept for another interface, too: a reference to that
         pickler = writer(file, name, root, refs)
         try:
-            pickler.dump(_Root(item) if root is not None and type(item) in (list, dict) else item)
+            pickler.dump(_Root(item) if root is not None and type(item) in (list, dict, set) else item)
         except NotStorable:
             raise
         except Exception as error:
@@ -1559,6 +1602,22 @@ class StoredSession(Session):
         changes.update((key, blob) for key, blob in current.items() if self._blobs.get(key) != blob)
         return changes
 
+    def _real_changes(self) -> dict[str, bytes | None]:
+        """`_changes` without components that were only read.
+
+        Equal objects may have different bytes (the order in a set, strings that are or aren't the
+        same object): what counts is whether that which is stored, opened again, gives these bytes.
+        """
+        changes = self._changes()
+        twin = StoredSession(self._store, self.uid, self._key, _STORED, self._meta, self._blobs)
+        for key in changes:
+            if changes[key] is not None and key in self._blobs:
+                component = twin._load(key)
+                if key.startswith("."):
+                    twin.__dict__[key[1:]] = component
+        unread = twin._dump()
+        return {key: blob for key, blob in changes.items() if blob is None or unread.get(key) != blob}
+
     def _fields(self) -> tuple[Any, ...]:
         return (
             self.created,
@@ -1571,8 +1630,16 @@ class StoredSession(Session):
         )
 
     def _set_fields(self, fields: tuple[Any, ...]) -> None:
-        names = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner")
-        self._put(_meta=fields, _callbacks=list(fields[6]) or None, **dict(zip(names, fields, strict=False)))
+        created, last_modified, lifetime, max_lifetime, since, owner, callbacks = fields
+        put = object.__setattr__
+        put(self, "_meta", fields)
+        put(self, "created", created)
+        put(self, "lastModified", last_modified)
+        put(self, "lifetime", lifetime)
+        put(self, "max_lifetime", max_lifetime)
+        put(self, "_since", since)
+        put(self, "owner", owner)
+        put(self, "_callbacks", list(callbacks) or None)
 
 
 _keepers.add(StoredSession.getComponent)
@@ -1613,9 +1680,11 @@ class PersistentStore:
         from hashlib import blake2b
         from hmac import compare_digest
 
-        secrets = [secret] if isinstance(secret, (str, bytes)) else list(secret)
+        secrets = [secret] if isinstance(secret, (str, bytes, bytearray, type(None))) else list(secret)
         self._macs = []
         for each in secrets:
+            if not isinstance(each, (str, bytes, bytearray)):
+                raise TypeError(f"a secret is a str or bytes, not {type(each).__name__}")
             each = each.encode() if isinstance(each, str) else bytes(each)
             if len(each) < 16:
                 raise ValueError(f"a secret has at least 16 bytes, not {len(each)}: take secrets.token_hex(32)")
@@ -1694,13 +1763,14 @@ class PersistentStore:
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
             *fields, blobs = _Reader(body).load()
-            numbers, owner, callbacks = fields[:5], fields[5], fields[6]
+            *numbers, owner, callbacks = fields
             well_formed = (
-                len(fields) == 7
-                and all(isinstance(number, (int, float)) for number in numbers)
-                and (owner is None or isinstance(owner, str))
-                and all(isinstance(k, str) and isinstance(n, str) for k, n in callbacks)
-                and all(isinstance(k, str) and isinstance(b, bytes) for k, b in blobs.items())
+                len(numbers) == 5
+                and {float, int}.issuperset(map(type, numbers))
+                and (owner is None or type(owner) is str)
+                and all(type(k) is str and type(n) is str for k, n in callbacks)
+                and {str}.issuperset(map(type, blobs))
+                and {bytes}.issuperset(map(type, blobs.values()))
             )
         except Exception as error:
             raise SealError(f"the record can't be read: {error}") from error
@@ -1715,10 +1785,7 @@ class PersistentStore:
         except SealError as error:
             _log(30, uid, "security: its record is refused: %s", error)
             return None
-        session = StoredSession(self, uid, key, *fields[1:4])
-        session._put(_state=_STORED, _blobs=blobs)
-        session._set_fields(fields)
-        return session
+        return StoredSession(self, uid, key, _STORED, fields, blobs)
 
     # What IStore promises
 
@@ -1732,8 +1799,8 @@ class PersistentStore:
             raise StoreError(f"{name} failed: {type(error).__name__}: {error}") from error
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
-        uid = _new_uid()
-        return StoredSession(self, uid, self._key(uid), self.clock(), lifetime, max_lifetime)
+        uid, now = _new_uid(), self.clock()
+        return StoredSession(self, uid, self._key(uid), _NEW, (now, now, lifetime, max_lifetime, now, None, ()), {})
 
     def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
         if self.clock() >= self._next_sweep:
@@ -1749,7 +1816,7 @@ class PersistentStore:
                 self._ask(self.free, key, token)
             return None
         if hold:
-            session._put(_hold=token)
+            _set_hold(session, token)
         now = self.clock()
         if now >= session.expires:
             self.discard(session)
@@ -1824,7 +1891,7 @@ class PersistentStore:
 
     def _save_merged(self, session: Any) -> None:
         """Bring the changes of a request that held nothing into what is stored by now, component by component."""
-        changes, before = session._changes(), session._blobs
+        changes, before = session._real_changes(), session._blobs
         token = os.urandom(8).hex()
         record = self._acquire(session._key, token, self.lease)
         current = None if record is None else self._revive(session._key, session.uid, record)
@@ -1861,10 +1928,18 @@ class PersistentStore:
         key = self._key(uid)
         if session._state is _STORED:
             # What is stored moves; what this request changed is saved with the rest of it, or not at all.
-            token = session._hold
-            record = self._seal(key, session._meta, session._blobs)
+            token, meta, blobs = session._hold, session._meta, session._blobs
+            if token is None:
+                # Others may have merged something into it meanwhile; from here on they wait, in vain.
+                token = os.urandom(8).hex()
+                stored = self._acquire(session._key, token, self.lease)
+                current = None if stored is None else self._revive(session._key, session.uid, stored)
+                if current is None:
+                    raise SessionConflict(self.lease)
+                meta, blobs = current._meta, current._blobs
+            record = self._seal(key, meta, blobs)
             until = self.clock() + self.lease
-            self._ask(self.insert, key, record, session.expires, session._meta[5], token, until)
+            self._ask(self.insert, key, record, session.expires, meta[5], session._hold, until)
             if self._ask(self.delete, session._key, token) is None:
                 self._ask(self.delete, key)
                 session._put(_hold=None)
@@ -1909,7 +1984,12 @@ class PersistentStore:
 
 
 class _SQLStore(PersistentStore):
-    """The operations in SQL, as SQLite and PostgreSQL have it in common; `?` is a parameter."""
+    """The operations in SQL, as SQLite and PostgreSQL have it in common; `?` is a parameter.
+
+    Strategy: writing a record changes no indexed column, so it costs no more than its own page.
+    That is why a record has two deadlines: `expires` is the real one; `due`, which is indexed, is
+    never later and is put right by the sweep that comes upon it.
+    """
 
     _skip_locked = ""
     _relaxed = ""
@@ -1928,28 +2008,39 @@ class _SQLStore(PersistentStore):
         self.table = table
         self._create_table = [
             f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, "
-            "expires DOUBLE PRECISION NOT NULL, owner TEXT, holder TEXT, until DOUBLE PRECISION)",
-            f"CREATE INDEX IF NOT EXISTS {table}_expires ON {table} (expires)",
-            f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner IS NOT NULL",
+            "expires DOUBLE PRECISION NOT NULL, due DOUBLE PRECISION NOT NULL, owner TEXT NOT NULL, "
+            "holder TEXT, until DOUBLE PRECISION)",
+            f"CREATE INDEX IF NOT EXISTS {table}_due ON {table} (due)",
+            f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner <> ''",
         ]
-        free = f"(holder IS NULL OR holder = ? OR {table}.until <= ?)"
-        self._insert_sql = f"INSERT INTO {table} (key, record, expires, owner, holder, until) VALUES (?, ?, ?, ?, ?, ?)"
+        free = "(holder IS NULL OR until <= ?)"
+        done = "holder = NULL, until = NULL"
+        some = f"SELECT key FROM {table} WHERE due <= ?"
+        self._insert_sql = f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?)"
         self._hold_sql = (
             f"UPDATE {table} SET holder = ?, until = ? WHERE key = ? AND {free}{self._relaxed} RETURNING record"
         )
         self._read_sql = f"SELECT record FROM {table} WHERE key = ?"
         self._write_sql = (
-            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, holder = NULL, until = NULL "
+            f"UPDATE {table} SET record = ?, expires = ?, {done} "
+            "WHERE key = ? AND holder = ? AND owner = ? AND due <= ? RETURNING 1"
+        )
+        self._rewrite_sql = (
+            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, due = ?, {done} "
             "WHERE key = ? AND holder = ? RETURNING 1"
         )
-        self._free_sql = f"UPDATE {table} SET holder = NULL, until = NULL WHERE key = ? AND holder = ?"
+        self._free_sql = f"UPDATE {table} SET {done} WHERE key = ? AND holder = ?"
         self._delete_sql = f"DELETE FROM {table} WHERE key = ? RETURNING record"
         self._delete_held_sql = f"DELETE FROM {table} WHERE key = ? AND holder = ? RETURNING record"
         self._due_sql = (
-            f"DELETE FROM {table} WHERE key IN (SELECT key FROM {table} WHERE expires <= ? "
-            f"AND (holder IS NULL OR until <= ?) LIMIT ?{self._skip_locked}) RETURNING key, record"
+            f"DELETE FROM {table} WHERE key IN ({some} AND expires <= ? AND {free} "
+            f"ORDER BY due LIMIT ?{self._skip_locked}) RETURNING key, record"
         )
-        self._owned_sql = f"SELECT key FROM {table} WHERE owner = ?"
+        self._defer_sql = (
+            f"UPDATE {table} SET due = CASE WHEN expires > ? THEN expires ELSE until END "
+            f"WHERE key IN ({some} AND NOT (expires <= ? AND {free}) ORDER BY due LIMIT ?{self._skip_locked})"
+        )
+        self._owned_sql = f"SELECT key FROM {table} WHERE owner = ? AND owner <> ''"
         self._count_sql = f"SELECT count(*) FROM {table}"
 
     def _run(self, sql: str, *args: object) -> list[Any]:
@@ -1959,10 +2050,10 @@ class _SQLStore(PersistentStore):
     def insert(
         self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
     ) -> None:
-        self._run(self._insert_sql, key, record, expires, owner, token, until)
+        self._run(self._insert_sql, key, record, expires, expires, owner or "", token, until)
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
-        rows = self._run(self._hold_sql, token, until, key, token, now)
+        rows = self._run(self._hold_sql, token, until, key, now)
         if rows:
             return rows[0][0]
         return HELD if self._run(self._read_sql, key) else None
@@ -1972,7 +2063,11 @@ class _SQLStore(PersistentStore):
         return rows[0][0] if rows else None
 
     def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
-        return bool(self._run(self._write_sql, record, expires, owner, key, token))
+        rows = self._run(self._write_sql, record, expires, key, token, owner or "", expires)
+        if not rows:
+            # It changes hands, or ends earlier than thought; or it isn't ours any more.
+            rows = self._run(self._rewrite_sql, record, expires, owner or "", expires, key, token)
+        return bool(rows)
 
     def free(self, key: str, token: str) -> None:
         self._run(self._free_sql, key, token)
@@ -1982,7 +2077,9 @@ class _SQLStore(PersistentStore):
         return rows[0][0] if rows else None
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        return self._run(self._due_sql, now, now, limit)
+        taken = self._run(self._due_sql, now, now, now, limit)
+        self._run(self._defer_sql, now, now, now, now, limit)
+        return taken
 
     def owned(self, owner: str) -> list[str]:
         return [key for (key,) in self._run(self._owned_sql, owner)]
@@ -1990,6 +2087,19 @@ class _SQLStore(PersistentStore):
     def __len__(self) -> int:
         count: int = self._run(self._count_sql)[0][0]
         return count
+
+
+_sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    # A child that inherits an open connection believes that it holds its parent's locks, too.
+    for store in list(_sqlite_stores):
+        store.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)
 
 
 class SQLiteStore(_SQLStore):
@@ -2020,6 +2130,7 @@ class SQLiteStore(_SQLStore):
         # Connections that no thread uses just now, and the process they belong to.
         self._idle: list[Any] = []
         self._pid = os.getpid()
+        _sqlite_stores.add(self)
         self._ask(self._create)
 
     def _create(self) -> None:
@@ -2133,7 +2244,7 @@ class RedisStore(PersistentStore):
     _WRITE = """
         local v = redis.call('HMGET', KEYS[1], 'holder', 'owner', 'expires')
         if v[1] ~= ARGV[1] then return 0 end
-        if ARGV[6] == '0' and ((v[2] or '') ~= ARGV[4] or tonumber(ARGV[3]) < tonumber(v[3])) then return 2 end
+        if ARGV[6] == '0' and (v[2] ~= ARGV[4] or tonumber(ARGV[3]) < tonumber(v[3])) then return v[2] end
         redis.call('HSET', KEYS[1], 'record', ARGV[2], 'expires', ARGV[3], 'owner', ARGV[4])
         redis.call('HDEL', KEYS[1], 'holder', 'until')
         redis.call('PEXPIRE', KEYS[1], ARGV[5])
@@ -2209,10 +2320,13 @@ class RedisStore(PersistentStore):
     def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
         args = [token, record, expires, owner or "", self._ttl(expires)]
         done = self._put([self._place(key)], [*args, 0])
-        if done == 2:
+        if isinstance(done, bytes):
             # It changes hands, or ends earlier than thought: say so where it is looked for, then write.
+            before = done
             self._index(key, expires, owner)
             done = self._put([self._place(key)], [*args, 1])
+            if done and before and before != (owner or "").encode():
+                self._client.srem(self._prefix.encode() + b"owner:" + before, key)
         return bool(done)
 
     def free(self, key: str, token: str) -> None:
@@ -2241,7 +2355,9 @@ class RedisStore(PersistentStore):
         return taken
 
     def owned(self, owner: str) -> list[str]:
-        return [key.decode() for key in self._client.smembers(f"{self._prefix}owner:{owner}")]
+        keys = [key.decode() for key in self._client.smembers(f"{self._prefix}owner:{owner}")]
+        # What is there says where to look; whose a session is, the session says.
+        return [key for key in keys if self._client.hget(self._place(key), "owner") == owner.encode()]
 
     def __len__(self) -> int:
         return int(self._client.zcard(self._prefix + "due"))

@@ -161,13 +161,15 @@ button, .button, input {
   min-height: 2.75rem; padding: 0 1.1rem; border: 1px solid var(--line); border-radius: .65rem;
   background: var(--card); color: inherit; font: inherit; font-weight: 500;
 }
-button, .button { display: inline-flex; align-items: center; justify-content: center; cursor: pointer; text-decoration: none; }
+button, .button {
+  display: inline-flex; align-items: center; justify-content: center; cursor: pointer; text-decoration: none;
+}
 button:hover, .button:hover { background: var(--well); }
-.main, .main:hover { border-color: var(--accent); background: var(--accent); color: var(--accent-ink); font-weight: 600; }
+.main, .main:hover { border-color: var(--accent); background: var(--accent); color: var(--accent-ink); }
 .main:hover { filter: brightness(1.08); }
 .stop { color: var(--stop); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-input { width: 8rem; font-weight: 400; }
+input { width: 7rem; font-weight: 400; }
 .pair { display: flex; }
 .pair input { border-radius: .65rem 0 0 .65rem; border-right: 0; }
 .pair button { border-radius: 0 .65rem .65rem 0; white-space: nowrap; }
@@ -184,7 +186,8 @@ a { color: inherit; }
 .over :is(.buttons, .time, .owner, .kept) { display: none; }
 .over .swatch { background: var(--well); }
 .over .bar i { transform: scaleX(0); }
-.over h1 { color: var(--soft); text-decoration: line-through; text-decoration-thickness: 1px; }
+.over h1 { color: var(--soft); }
+.live.over h1 { text-decoration: line-through; text-decoration-thickness: 1px; }
 @media (max-width: 30rem) {
   .buttons > *, .buttons form > * { flex: 1 1 40%; }
   .pair { flex-basis: 100% !important; }
@@ -197,6 +200,7 @@ a { color: inherit; }
 SCRIPT = """
 const page = document.body, {state, lifetime} = page.dataset
 const $ = selector => document.querySelector(selector)
+const begin = Date.now() - 1000 * page.dataset.age
 let end = Date.now() + 1000 * page.dataset.left
 
 function show() {
@@ -204,6 +208,7 @@ function show() {
   $(".bar i").style.transform = `scaleX(${share})`
   $(".bar").setAttribute("aria-valuenow", Math.round(100 * share))
   $(".time b").textContent = `${Math.floor(Math.ceil(left) / 60)}:${String(Math.ceil(left) % 60).padStart(2, "0")}`
+  $(".age").textContent = `${Math.floor((Date.now() - begin) / 1000)} s`
   page.classList.toggle("low", share < .25)
   if (left === 0) over()
 }
@@ -211,10 +216,10 @@ function over() {
   clearInterval(timer)
   page.classList.add("over")
   $(".bar i").style.transform = ""
-  $("header p").textContent = document.title = "This session has expired"
+  if (page.classList.contains("live")) $("header p").textContent = document.title = "Your session has expired"
 }
 const timer = setInterval(show, 200)
-if (page.classList.contains("over")) over(); else show()
+if (page.classList.contains("live")) show(); else over()
 
 // Tabs tell each other what they were told, so that looking at it doesn't keep it alive.
 const tabs = new BroadcastChannel("inspector")
@@ -231,7 +236,7 @@ PAGE = """<!doctype html>
 <title>{title}</title><link rel=icon href="data:,">
 <style nonce={nonce}>{style}</style>
 <style nonce={nonce}>:root {{ --hue: {hue} }}</style>
-<body class="{kind}" data-state="{state}" data-left={left:.3f} data-lifetime={lifetime:.0f}>
+<body class="{kind}" data-state="{state}" data-age={age:.3f} data-left={left:.3f} data-lifetime={lifetime:.0f}>
 <main>
 <header>
   <span class=swatch></span>
@@ -240,7 +245,10 @@ PAGE = """<!doctype html>
 </header>
 <div class=bar role=progressbar aria-label="Time left" aria-valuemin=0 aria-valuemax=100><i></i></div>
 <p class=time><span><b role=timer>{left:.0f} s</b> left</span> <span>{until}</span></p>
-<p class=gone>It is gone from the store, with all that was kept on it. <br><br><a class="button main" href="/">Start a new one</a></p>
+<div class=gone>
+  <p>It is gone from the store, with all that was kept on it.</p>
+  <a class="button main" href="/">Start a new one</a>
+</div>
 <div class=buttons>{buttons}</div>
 <div class=kept>{tables}</div>
 </main>
@@ -254,12 +262,12 @@ def button(name, kind="", field=""):
 
 
 def table(title, rows):
-    cells = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows)
+    cells = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
     return f"<h2>{title}</h2><dl>{cells or '<dt>none</dt><dd></dd>'}</dl>"
 
 
-def code(name):
-    return f"<code>{escape(name)}</code>"
+def row(name, value):
+    return f"<code>{escape(name)}</code>", escape(repr(value))
 
 
 def live_page(session):
@@ -267,15 +275,14 @@ def live_page(session):
     tag = repr(session).strip("<>").split()[1].strip(",")  # a hash of its id, as the log has it
     now, token = store.clock(), IToken(session)
     kept = [interface for interface in (IClicks, IToken, IVisitor) if interface in session]
-    age = int(now - session.created)
     who = '<input name=name value=ann maxlength=20 required aria-label="Your name">'
     enter = f"<span class=pair>{button('login', field=who)}</span>"
     buttons = [
         button("click", "main"),
         button("touch"),
         button("renew"),
-        button("logout") if session.owner else enter,
         button("expire", "stop"),
+        button("logout") if session.owner else enter,
     ]
     hidden = f'<input type=hidden name=token value="{token.value}">'
     return {
@@ -284,6 +291,7 @@ def live_page(session):
         "tag": tag,
         "hue": int(tag, 16) % 360,
         "owner": escape(session.owner or "nobody's"),
+        "age": now - session.created,
         "left": session.expires - now,
         "lifetime": session.lifetime,
         "until": "whatever you do"
@@ -291,13 +299,13 @@ def live_page(session):
         else "unless you do something",
         "state": f"{tag} {IClicks(session).count if IClicks in session else 0}",
         "buttons": "".join(f"<form method=post>{hidden}{each}</form>" for each in buttons),
-        "tables": table("Components", [(code(interface.__name__), repr(interface(session))) for interface in kept])
-        + table("Attributes", [(code(name), repr(value)) for name, value in sorted(vars(session).items())])
+        "tables": table("Components", [row(interface.__name__, interface(session)) for interface in kept])
+        + table("Attributes", [row(name, value) for name, value in sorted(vars(session).items())])
         + table(
             "The session itself",
             [
-                ("Age", f"{age // 60} min {age % 60} s" if age >= 60 else f"{age} s"),
-                ("Owner", session.owner or "none"),
+                ("Age", f"<span class=age>{now - session.created:.0f} s</span>"),
+                ("Owner", escape(session.owner or "none")),
                 ("Idle timeout", f"{session.lifetime:.0f} s without a request"),
                 ("Absolute timeout", f"{session.max_lifetime / 60:.0f} min after it began, or after the last login"),
             ],
@@ -306,11 +314,20 @@ def live_page(session):
     }
 
 
-def dead_page(state):
+def dead_page(title, state=""):
     """The same for one that is over; it makes no new one."""
     blank = dict.fromkeys(("owner", "until", "buttons", "tables", "footer"), "")
-    more = {"title": "This session has expired", "kind": "over", "tag": "expired", "hue": 0, "state": state}
-    return {**blank, **more, "left": 0, "lifetime": LIFETIME}
+    return {
+        **blank,
+        "title": title,
+        "kind": "over",
+        "tag": "gone",
+        "hue": 0,
+        "state": state,
+        "age": 0,
+        "left": 0,
+        "lifetime": LIFETIME,
+    }
 
 
 # The application
@@ -328,17 +345,18 @@ def app(environ, start_response):
 
     if environ["PATH_INFO"] != "/":
         # Nothing here asks for the session, so this is no activity and starts none.
-        return answer(dead_page("over"), "200 OK" if environ["PATH_INFO"] == "/gone" else "404 Not Found")
+        found = environ["PATH_INFO"] == "/gone"
+        return answer(dead_page("Your session has expired", "over"), "200 OK" if found else "404 Not Found")
     session = ISession(environ)
     if environ["REQUEST_METHOD"] != "POST":
         return answer(live_page(session))
     body = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), 1000))
     form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
     if IToken not in session or not IToken(session).check(form) or form.get("do") not in BUTTONS:
-        return answer(dead_page(""), "403 Forbidden")
+        return answer(dead_page("That form was of another session"), "403 Forbidden")
     action, session.last_button, where = BUTTONS[form["do"]]
     action(session, form)
-    return answer(dead_page(""), "303 See Other", ("Location", where))
+    return answer(dead_page("Done"), "303 See Other", ("Location", where))
 
 
 LIFETIME = 60
