@@ -47,8 +47,8 @@ import random
 import sys
 import time
 import weakref
-from heapq import heappop, heappush
-from threading import Condition, Lock, RLock, get_ident
+from heapq import heapify, heappop, heappush
+from threading import Condition, RLock, get_ident
 
 TYPE_CHECKING = False  # As typing's, which takes 5 ms to import.
 if TYPE_CHECKING:
@@ -928,7 +928,7 @@ class Session(Componentized):
 
     def _end(self) -> None:
         """Run the callbacks and let go of everything; whoever took it out of the store calls this, once."""
-        self._put(_state=_ENDED)
+        self._put(_state=_ENDED, _by=get_ident())
         _log(20, self.uid, "ended")
         for callback in self._callbacks or ():
             try:
@@ -1021,6 +1021,8 @@ class IStore(Interface):
 
 
 _NEVER = float("inf")
+# The deadline of a session that has no entry in the heap: NaN, neither early nor late, equal to none.
+_MISSING_DUE = float("nan")
 
 _memory_stores: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
 
@@ -1059,8 +1061,9 @@ class MemoryStore:
 
     def _unlock(self) -> None:
         """Start with nothing held or locked: when new, and in a forked child, whose parent's threads are gone."""
-        self._lock = Lock()
-        self._freed = Condition(Lock())
+        # Reentrant: the garbage collector may let go of a session (_Body.__del__) in a thread that has them.
+        self._lock = RLock()
+        self._freed = Condition(RLock())
         self._waiting = 0
         self._held.clear()
 
@@ -1085,9 +1088,11 @@ class MemoryStore:
         if session is None:
             self._free(uid, token)
             return None
-        _set_hold(session, token)
+        if hold:
+            _set_hold(session, token)
         if now >= session.lastModified + session.lifetime or now >= session._since + session.max_lifetime:
-            self.discard(session)
+            if hold or uid not in self._held:  # who holds it is the one to judge it
+                self.discard(session)
             self._free(uid, token)
             return None
         _set_modified(session, now)
@@ -1119,64 +1124,70 @@ class MemoryStore:
 
     def save(self, session: Session) -> None:
         now, uid = self.clock(), session.uid
-        if self._sessions.get(uid) is session:
+        stored = self._sessions.get(uid) is session
+        if stored:
             _set_modified(session, now)
-            # Its entry in the heap may be early but not late.
-            if now + session.lifetime < session._due:
-                with self._lock:
-                    self._schedule(session)
         elif session._state is not _NEW:
             _log(30, uid, "has ended while a request used it: nothing is saved")
         elif not session._is_empty():
             _set_modified(session, now)
             self._insert(session, now)
-        # Strategy: this is _free, without the call.
+        # Strategy: this is _free, without the call.  The session may be held by another request, if
+        # this one saves what its body did after it had let go.
         token = session._hold
-        if token is not None and self._held.get(uid) is token:
+        if token == get_ident() and self._held.get(uid) is token:
             self._held.pop(uid, None)
         if self._waiting:
             self._wake()
+        # Its entry in the heap may be early but not late, and not missing.  After it is let go: see _take.
+        if stored and not now + session.lifetime >= session._due:
+            with self._lock:
+                self._schedule(session)
 
     def release(self, session: Session) -> None:
-        if session._due == _NEVER and session._state is _STORED:
-            # Its time came while it was held.
-            if session.expires <= self.clock():
-                self.discard(session)
-            else:
-                with self._lock:
-                    self._schedule(session)
         self._free(session.uid, session._hold)
+        if session._due != session._due and session._state is _STORED:
+            with self._lock:
+                self._schedule(session)
 
     def _insert(self, session: Session, now: float) -> None:
         if now >= self._next:
             self._reclaim(now, self._batch)
-        if self.capacity is not None:
-            self._evict(self.capacity - 1, now)
         with self._lock:
+            evicted = [] if self.capacity is None else self._evict(self.capacity - 1, now)
             session._put(_state=_STORED)
             self._sessions[session.uid] = session
             if session.owner is not None:
                 self._owned.setdefault(session.owner, set()).add(session)
             self._schedule(session)
         _log(20, session.uid, "created")
+        self._end_all(evicted)
 
     def renew(self, session: Session, **fields: object) -> None:
-        old, new = session.uid, _new_uid()
+        old, new, token = session.uid, _new_uid(), session._hold
+        mine = token == get_ident() and self._held.get(old) is token
+        if not mine:
+            # After session.release(), or without locking: nobody may let go or get hold of it meanwhile.
+            token = get_ident()
+            if self._held.setdefault(old, token) is not token:
+                self._wait(old, token, 10)
         with self._lock:
-            stored = self._sessions.pop(old, None) is session
-            if stored:
-                self._disown(session)
-            token: Any = self._held.get(old)
-            if token is not None:
-                self._held[new] = token
-            session._put(uid=new, **fields)
-            if stored:
-                if session.owner is not None:
-                    self._owned.setdefault(session.owner, set()).add(session)
-                self._sessions[new] = session
-                self._schedule(session)
-        if token is not None:
-            self._free(old, token)
+            late = session.uid != old  # another thread has renewed it
+            if not late:
+                stored = self._sessions.pop(old, None) is session
+                if stored:
+                    self._disown(session)
+                if mine:
+                    self._held[new] = token
+                session._put(uid=new, **fields)
+                if stored:
+                    if session.owner is not None:
+                        self._owned.setdefault(session.owner, set()).add(session)
+                    self._sessions[new] = session
+                    self._schedule(session)
+        self._free(old, token)
+        if late:
+            self.renew(session, **fields)
 
     def discard(self, session: Session) -> None:
         # Whoever takes it out of the dict ends it; and outside the lock, so that callbacks may use the store.
@@ -1216,6 +1227,10 @@ class MemoryStore:
         deadline = session.expires
         _set_due(session, deadline)
         heappush(self._heap, (deadline, session.uid))
+        if len(self._heap) > 4 * len(self._sessions) + 100:
+            # Void entries are the most by far: those of renewed and ended sessions with long lifetimes.
+            self._heap[:] = [(s._due, uid) for uid, s in self._sessions.items() if s._due == s._due]
+            heapify(self._heap)
         self._next = self._heap[0][0]
 
     def _take(self, now: float) -> Session | None:
@@ -1224,15 +1239,20 @@ class MemoryStore:
         session = self._sessions.get(uid)
         if session is None or session._due != deadline:
             return None
-        if uid in self._held:
-            _set_due(session, _NEVER)  # judged when it is let go
-        elif session.expires > max(now, deadline):
-            self._schedule(session)  # it was used after its entry was made
-        else:
+        # Who takes it out holds it first, so that no request gets hold of what is about to end.
+        token = get_ident()
+        while self._held.setdefault(uid, token) is not token:
+            _set_due(session, _MISSING_DUE)  # it is judged when it is let go; has that just been?
+            if uid in self._held:
+                return None
+        due = session.expires <= max(now, deadline)
+        if due:
             del self._sessions[uid]
             self._disown(session)
-            return session
-        return None
+        else:
+            self._schedule(session)  # it was used after its entry was made
+        self._held.pop(uid, None)  # those who wait are woken by _end_all, outside the lock
+        return session if due else None
 
     def _reclaim(self, now: float, limit: int) -> int:
         """Look at *limit* sessions that may be due and end those that are; answers how many."""
@@ -1246,16 +1266,14 @@ class MemoryStore:
             self._next = self._heap[0][0] if self._heap else _NEVER
         return self._end_all(ended)
 
-    def _evict(self, most: int, now: float) -> None:
-        """End those closest to expiry until there are no more than *most*."""
-        ended = []
-        with self._lock:
-            while len(self._sessions) > most and self._heap:
-                session = self._take(now)
-                if session is not None:
-                    ended.append(session)
-            self._next = self._heap[0][0] if self._heap else _NEVER
-        self._end_all(ended)
+    def _evict(self, most: int, now: float) -> list[Session]:
+        """Take out those closest to expiry until there are no more than *most* (under the lock)."""
+        evicted = []
+        while len(self._sessions) > most and self._heap:
+            session = self._take(now)
+            if session is not None:
+                evicted.append(session)
+        return evicted
 
 
 def _after_fork() -> None:
@@ -1277,8 +1295,9 @@ def storable(cls: type[T]) -> type[T]:
     """Class decorator: instances may be part of what a persistent store keeps.
 
     Classes under `implementer` and registered adapter classes may be already.  Whoever can forge
-    a record, so knows the secret, can construct objects of these classes in any state and have
-    pickle fill them (``__setstate__``, ``append``, ``__setitem__`` ...), or make the process fail.
+    a record, so knows the secret, can construct objects of these classes in any state, have them
+    called as pickle and callbacks call objects (``__setstate__``, ``append``, ``__setitem__``, a
+    method without arguments), or make the process fail; no other code runs.
     """
     if not isinstance(cls, type):
         raise TypeError(f"storable decorates classes, {cls!r} isn't one")
@@ -2537,19 +2556,20 @@ class _Exchange:
         header = environ.get("HTTP_COOKIE")
         if header is None:
             return None
+        hold = middleware.locking and not self._sent
         # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
         # 0.15 us whatever the header's length, http.cookies 5 to 27.
         uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
         if uid in middleware._candidates:
-            session = middleware.store.open(uid, middleware.patience, middleware.locking and not self._sent)
+            session = middleware.store.open(uid, middleware.patience, hold)
             if session is not None:
-                self._uid, self._hold = uid, session._hold
+                self._uid, self._hold = uid, session._hold if hold else None
                 return session
             _log(20, uid, "isn't known (any more)")
         for other in _all_cookies(header, middleware._names[secure], uid):
-            session = middleware.store.open(other, middleware.patience, middleware.locking and not self._sent)
+            session = middleware.store.open(other, middleware.patience, hold)
             if session is not None:
-                self._uid, self._hold = other, session._hold
+                self._uid, self._hold = other, session._hold if hold else None
                 return session
             _log(20, other, "isn't known (any more)")
         return None
@@ -2591,7 +2611,7 @@ class _Exchange:
             if held or session._state is not _STORED or not middleware.locking or session._is_changed():
                 if session._state is not _ENDED:
                     middleware.store.save(session)
-                elif held:
+                if held and (session._state is _ENDED or self._hold != get_ident()):
                     middleware.store.release(session)
             if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
                 self._cookie = self._choose_cookie(session, held)

@@ -15,8 +15,8 @@ def serve(application):
     """Serve *application* on the port given on the command line, 8000 if there is none, until Ctrl-C."""
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
     with make_server("127.0.0.1", port, application, ThreadingServer) as server:
-        print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
         try:
+            print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             pass

@@ -4,6 +4,10 @@ A store is nine operations on ``(key, record)``; sealing, holding, merging, expi
 come from PersistentStore.  Each operation is atomic as it holds a lock on the folder, and whoever
 is killed leaves the old file or the new one, as os.replace is atomic.  A file's time of
 modification is the deadline of its session, so that looking for due ones reads no others.
+
+    python3 -m examples.file_store
+
+    curl -c jar -b jar http://127.0.0.1:8000/       You were here 1 times.
 """
 
 import contextlib
@@ -11,8 +15,8 @@ import fcntl
 import json
 import os
 import tempfile
-from wsgiref.simple_server import make_server
 
+from examples import serve
 from minisess import (
     HELD,
     Interface,
@@ -135,6 +139,4 @@ secret = os.environ.get("MINISESS_SECRET", "for trying it out, not for serving")
 application = SessionMiddleware(app, FileStore(folder, secret=secret))
 
 if __name__ == "__main__":
-    with make_server("127.0.0.1", 8000, application) as server:
-        print("http://127.0.0.1:8000/")
-        server.serve_forever()
+    serve(application)
