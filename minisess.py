@@ -43,7 +43,6 @@ import gc
 import io
 import os
 import pickle
-import random
 import sys
 import time
 import weakref
@@ -69,6 +68,7 @@ __all__ = [
     "Componentized",
     "DuplicateAdapter",
     "GuardSession",
+    "HELD",
     "ISession",
     "IStore",
     "Interface",
@@ -1231,7 +1231,7 @@ class MemoryStore:
             # Void entries are the most by far: those of renewed and ended sessions with long lifetimes.
             self._heap[:] = [(s._due, uid) for uid, s in self._sessions.items() if s._due == s._due]
             heapify(self._heap)
-        self._next = self._heap[0][0]
+        self._next = self._heap[0][0] if self._heap else _NEVER
 
     def _take(self, now: float) -> Session | None:
         """Take the first entry from the heap, and its session out of the store; None if the entry was out of date."""
@@ -1877,7 +1877,7 @@ class PersistentStore:
             if time.monotonic() >= end:
                 raise SessionBusy(patience)
             # Longer and longer, and never in step with the others who wait.
-            time.sleep(pause * random.uniform(0.5, 1.5))
+            time.sleep(pause * (0.5 + os.urandom(1)[0] / 255))
             pause = min(pause * 1.2, 0.02)
 
     def save(self, session: Any) -> None:

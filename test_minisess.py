@@ -1809,6 +1809,16 @@ class StoreContract:
         assert Witness.saw == ["late"]
         assert len(store) == 1
 
+    @pytest.mark.parametrize("limits", [(LIFETIME, 1000), (1000, LIFETIME)], ids=["idle", "absolute"])
+    def test_an_expired_session_is_gone_though_many_others_are_due_before_it(self, store, clock, limits):
+        for _ in range(60):
+            new_session(store, LIFETIME - 1, foo=1)
+        session = new_session(store, *limits, witness="w")
+        clock.advance(LIFETIME)
+        assert store.open(session.uid, hold=False) is None
+        assert store.open(session.uid) is None
+        assert Witness.saw == ["w"]
+
     def test_each_request_starts_the_idle_clock_again(self, store, clock):
         session = new_session(store, foo=1)
         for _ in range(5):
