@@ -24,7 +24,7 @@ You *adapt* a request to its session, and a session to what you want of it::
 The vocabulary is that of Nevow and Twisted (2004).  The file reads from top to bottom, and
 each section uses only what stands above it:
 
-    Errors             what can go wrong, and what to do about it
+    Errors             what can go wrong, and what to do about it; how it is logged
     Interfaces         Interface, implementer, registerAdapter: how IFoo(obj) finds its answer
     Components         Componentized, Adapter: objects that remember what they were adapted to
     Sessions           ISession, Session: one visitor's components, attributes and deadlines
@@ -190,6 +190,8 @@ _logger: Any = None
 def _log(level: int, uid: str, message: str, *args: object, exc_info: bool = False) -> None:
     """Log to ``logging.getLogger("minisess")`` what happened to the session *uid*, which is never shown.
 
+    *level* is logging's: 20 for what is as it should be, 30 for what isn't, 40 for somebody's mistake.
+
     Strategy: importing logging takes longer than all else here together.  While nobody has
     imported it nobody listens, except to warnings (30 and up), which Python shows by itself.
     """
@@ -231,10 +233,8 @@ class InterfaceMeta(type):
 
     #: The registry that interfaces ask.
     registry: AdapterRegistry
-
-    if TYPE_CHECKING:
-        _plans: dict[type, Any]
-        __advice__: str | None
+    _plans: dict[type, Any]  # how objects adapt, by their type; see AdapterRegistry.plan
+    __advice__: str | None
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> InterfaceMeta:
         for base in bases:
@@ -419,12 +419,12 @@ class AdapterRegistry:
         _require_interfaces(interfaces)
         with _lock:
             interfaces = tuple(dict.fromkeys(interfaces))
-            known = self._factories.get(original, {})
+            known = self._factories.setdefault(original, {})
             for interface in interfaces:
                 if interface in known:
                     raise DuplicateAdapter(known[interface], original, interface)
             for interface in interfaces:
-                self._factories.setdefault(original, {})[interface] = factory
+                known[interface] = factory
                 if interface not in self._targets:
                     above = set(self.order(interface))
                     bases = [t for t in self._targets if t in above]
@@ -603,10 +603,11 @@ class Componentized:
 
     def _kept(self) -> list[tuple[Any, Any]]:
         """All (interface, component), in no order."""
-        first = self._first
-        return [*([] if first is _NO_COMPONENT else [first]), *list(self._others.items())]
+        first, others = self._first, list(self._others.items())
+        return others if first is _NO_COMPONENT else [first, *others]
 
     def _keep(self, interface: Any, component: Any) -> None:
+        # By object.__setattr__, for classes whose own protects their fields.
         if self._first[0] is interface or (self._first[0] is None and interface not in self._others):
             object.__setattr__(self, "_first", (interface, component))
         elif self._others is _NO_OTHERS:
@@ -662,7 +663,7 @@ class Componentized:
 
     def __contains__(self, interface: object) -> bool:
         """Is a component kept for *interface*?  Makes none."""
-        return self._first[0] is interface is not None or interface in self._others
+        return interface is not None and (self._first[0] is interface or interface in self._others)
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*; KeyError if there is none."""
@@ -788,8 +789,14 @@ class ISession(Interface):
 class Session(Componentized):
     """One visitor's components and attributes, until it ends.
 
-    Stores make sessions, requests get theirs by ``ISession(environ)``.  The fields are read-only;
-    every other attribute set on a session is the user's, ``vars(session)`` shows just those.
+    Stores make sessions, requests get theirs by ``ISession(environ)``.
+
+    *uid*: 256 random bits, URL-safe.  *owner*: who logged in, a str, or None.
+    *created*, *lastModified*: UNIX time in seconds.
+    *lifetime*, *max_lifetime*: seconds; the idle and the absolute timeout, infinity is none.
+
+    The fields are read-only; every other attribute set on a session is the user's,
+    ``vars(session)`` shows just those.
     """
 
     # fmt: off
@@ -805,7 +812,7 @@ class Session(Componentized):
     lifetime: float
     max_lifetime: float
     owner: str | None
-    _callbacks: list[Any] | None
+    _callbacks: tuple[Any, ...]  # as _stored_callback has them
     _since: float  # when the absolute timeout began to run
     _store: Any
     _state: str
@@ -823,7 +830,7 @@ class Session(Componentized):
         put(self, "owner", None)
         put(self, "_first", _NO_COMPONENT)
         put(self, "_others", _NO_OTHERS)
-        put(self, "_callbacks", None)
+        put(self, "_callbacks", ())
         put(self, "_since", now)
         put(self, "_store", store)
         put(self, "_state", _NEW)
@@ -850,7 +857,7 @@ class Session(Componentized):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        names = sorted(getattr(interface, "__name__", str(interface)) for interface, _ in self._kept())
+        names = sorted(interface.__name__ for interface, _ in self._kept())
         owned = "" if self.owner is None else f" of {self.owner!r}"
         return f"<{type(self).__name__} {_tag(self.uid)}{owned}, {self._state}, keeps {', '.join(names) or 'nothing'}>"
 
@@ -860,7 +867,7 @@ class Session(Componentized):
         return min(self.lastModified + self.lifetime, self._since + self.max_lifetime)
 
     def setLifetime(self, seconds: float | None) -> None:
-        """Set the idle timeout: it ends *seconds* after the last request that used it; None for never."""
+        """End the session *seconds* after the last request that used it (the idle timeout); None for never."""
         self._put(lifetime=_seconds(seconds, "lifetime"))
 
     def touch(self) -> None:
@@ -876,10 +883,15 @@ class Session(Componentized):
         """
         if not callable(callback):
             raise TypeError(f"a callback is called without arguments, {callback!r} can't be called")
-        self._put(_callbacks=[*(self._callbacks or ()), self._callback(callback)])
+        self._put(_callbacks=(*self._callbacks, self._stored_callback(callback)))
 
-    def _callback(self, callback: Any) -> Any:
+    def _stored_callback(self, callback: Any) -> Any:
+        """What to keep of a callback."""
         return callback
+
+    def _live_callback(self, stored: Any) -> Any:
+        """The callback of which `_stored_callback` kept *stored*."""
+        return stored
 
     def expire(self) -> None:
         """End it: gone from the store at once, its callbacks run, the cookie is deleted by the response."""
@@ -889,7 +901,7 @@ class Session(Componentized):
     def renew(self) -> None:
         """Give it a new uid and keep all else; the old uid is dead at once (OWASP: session fixation).
 
-        Even if the request fails later on, so call it when all that may fail is done.
+        That stays so even if the request fails later on: call it when all that may fail is done.
         """
         self._change_uid()
 
@@ -916,11 +928,7 @@ class Session(Componentized):
 
     def _is_empty(self) -> bool:
         """Is there nothing on it that anyone might come back for?"""
-        nothing = self._first is _NO_COMPONENT and not self._others and self.owner is None and not self._callbacks
-        return nothing and not self.__dict__
-
-    def _resolve(self, callback: Any) -> Any:
-        return callback
+        return self._first is _NO_COMPONENT and not (self._others or self.owner or self._callbacks or self.__dict__)
 
     def _is_changed(self) -> bool:
         """Does it differ from what is stored?  (Sessions in memory are what is stored.)"""
@@ -930,23 +938,23 @@ class Session(Componentized):
         """Run the callbacks and let go of everything; whoever took it out of the store calls this, once."""
         self._put(_state=_ENDED, _by=get_ident())
         _log(20, self.uid, "ended")
-        for callback in self._callbacks or ():
+        for callback in self._callbacks:
             try:
-                self._resolve(callback)()
+                self._live_callback(callback)()
             except Exception:
                 _log(40, self.uid, "callback %r failed", callback, exc_info=True)
         self._clear()
 
     def _clear(self) -> None:
         """Break the cycles through components that refer to the session."""
-        self._put(_callbacks=None, _first=_NO_COMPONENT, _others=_NO_OTHERS)
+        self._put(_callbacks=(), _first=_NO_COMPONENT, _others=_NO_OTHERS)
         self.__dict__.clear()
 
 
 GuardSession = Session
 
 # Strategy: Session.__setattr__ protects users, not us.  Setting a slot by its descriptor takes a
-# fifth of the time, and these two are set by every request.
+# fifth of the time of `_put`, and requests set these again and again.
 _set_modified = Session.lastModified.__set__  # type: ignore[attr-defined]
 _set_hold = Session._hold.__set__
 _set_due = Session._due.__set__  # type: ignore[attr-defined]
@@ -1021,8 +1029,8 @@ class IStore(Interface):
 
 
 _NEVER = float("inf")
-# The deadline of a session that has no entry in the heap: NaN, neither early nor late, equal to none.
-_MISSING_DUE = float("nan")
+# The deadline of a session that has no entry in the heap: NaN, neither early nor late, nor equal to itself.
+_UNSCHEDULED = float("nan")
 
 _memory_stores: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
 
@@ -1061,7 +1069,7 @@ class MemoryStore:
 
     def _unlock(self) -> None:
         """Start with nothing held or locked: when new, and in a forked child, whose parent's threads are gone."""
-        # Reentrant: the garbage collector may let go of a session (_Body.__del__) in a thread that has them.
+        # Reentrant, since the garbage collector may let go of a session (_Body.__del__) in a thread that has a lock.
         self._lock = RLock()
         self._freed = Condition(RLock())
         self._waiting = 0
@@ -1146,7 +1154,7 @@ class MemoryStore:
 
     def release(self, session: Session) -> None:
         self._free(session.uid, session._hold)
-        if session._due != session._due and session._state is _STORED:
+        if session._due != session._due and session._state is _STORED:  # it is _UNSCHEDULED
             with self._lock:
                 self._schedule(session)
 
@@ -1156,12 +1164,27 @@ class MemoryStore:
         with self._lock:
             evicted = [] if self.capacity is None else self._evict(self.capacity - 1, now)
             session._put(_state=_STORED)
-            self._sessions[session.uid] = session
-            if session.owner is not None:
-                self._owned.setdefault(session.owner, set()).add(session)
-            self._schedule(session)
+            self._enter(session)
         _log(20, session.uid, "created")
         self._end_all(evicted)
+
+    def _enter(self, session: Session) -> None:
+        """Add it to the dict, its owner's sessions and the heap (under the lock)."""
+        self._sessions[session.uid] = session
+        if session.owner is not None:
+            self._owned.setdefault(session.owner, set()).add(session)
+        self._schedule(session)
+
+    def _leave(self, session: Session) -> bool:
+        """Take it out again (under the lock); was it there?  Its entry in the heap is void then."""
+        if self._sessions.pop(session.uid, None) is not session:
+            return False
+        if session.owner is not None:
+            sessions = self._owned.get(session.owner, set())
+            sessions.discard(session)
+            if not sessions:
+                self._owned.pop(session.owner, None)
+        return True
 
     def renew(self, session: Session, **fields: object) -> None:
         old, new, token = session.uid, _new_uid(), session._hold
@@ -1174,17 +1197,12 @@ class MemoryStore:
         with self._lock:
             late = session.uid != old  # another thread has renewed it
             if not late:
-                stored = self._sessions.pop(old, None) is session
-                if stored:
-                    self._disown(session)
+                stored = self._leave(session)
                 if mine:
                     self._held[new] = token
                 session._put(uid=new, **fields)
                 if stored:
-                    if session.owner is not None:
-                        self._owned.setdefault(session.owner, set()).add(session)
-                    self._sessions[new] = session
-                    self._schedule(session)
+                    self._enter(session)
         self._free(old, token)
         if late:
             self.renew(session, **fields)
@@ -1192,28 +1210,17 @@ class MemoryStore:
     def discard(self, session: Session) -> None:
         # Whoever takes it out of the dict ends it; and outside the lock, so that callbacks may use the store.
         with self._lock:
-            mine = self._sessions.pop(session.uid, None) is session
-            if mine:
-                self._disown(session)
+            mine = self._leave(session)
         if mine or session._state is _NEW:
             session._end()
             self._wake()
-
-    def _disown(self, session: Session) -> None:
-        if session.owner is not None:
-            sessions = self._owned.get(session.owner, set())
-            sessions.discard(session)
-            if not sessions:
-                self._owned.pop(session.owner, None)
 
     def sweep(self) -> int:
         return self._reclaim(self.clock(), len(self._heap))
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
         with self._lock:
-            sessions = [s for s in self._owned.get(owner, ()) if s is not keep and self._sessions.pop(s.uid, None) is s]
-            for session in sessions:
-                self._disown(session)
+            sessions = [s for s in list(self._owned.get(owner, ())) if s is not keep and self._leave(s)]
         return self._end_all(sessions)
 
     def _end_all(self, sessions: list[Session]) -> int:
@@ -1228,7 +1235,7 @@ class MemoryStore:
         _set_due(session, deadline)
         heappush(self._heap, (deadline, session.uid))
         if len(self._heap) > 4 * len(self._sessions) + 100:
-            # Void entries are the most by far: those of renewed and ended sessions with long lifetimes.
+            # Three in four are void: those of renewed and ended sessions with long lifetimes.
             self._heap[:] = [(s._due, uid) for uid, s in self._sessions.items() if s._due == s._due]
             heapify(self._heap)
         self._next = self._heap[0][0] if self._heap else _NEVER
@@ -1242,13 +1249,12 @@ class MemoryStore:
         # Who takes it out holds it first, so that no request gets hold of what is about to end.
         token = get_ident()
         while self._held.setdefault(uid, token) is not token:
-            _set_due(session, _MISSING_DUE)  # it is judged when it is let go; has that just been?
+            _set_due(session, _UNSCHEDULED)  # it is judged when it is let go; has that just been?
             if uid in self._held:
                 return None
-        due = session.expires <= max(now, deadline)
+        due = session.expires <= max(now, deadline)  # _evict comes before the deadline
         if due:
-            del self._sessions[uid]
-            self._disown(session)
+            self._leave(session)
         else:
             self._schedule(session)  # it was used after its entry was made
         self._held.pop(uid, None)  # those who wait are woken by _end_all, outside the lock
@@ -1294,10 +1300,12 @@ if hasattr(os, "register_at_fork"):
 def storable(cls: type[T]) -> type[T]:
     """Class decorator: instances may be part of what a persistent store keeps.
 
-    Classes under `implementer` and registered adapter classes may be already.  Whoever can forge
-    a record, so knows the secret, can construct objects of these classes in any state, have them
-    called as pickle and callbacks call objects (``__setstate__``, ``append``, ``__setitem__``, a
-    method without arguments), or make the process fail; no other code runs.
+    Classes decorated with `implementer` and registered adapter classes are storable already.
+
+    Whoever knows the secret can forge records.  Such a record can construct objects of these
+    classes in any state, have those methods called that pickle and callbacks call
+    (``__setstate__``, ``append``, ``__setitem__``, any without arguments), or make the process
+    fail; no other code runs.
     """
     if not isinstance(cls, type):
         raise TypeError(f"storable decorates classes, {cls!r} isn't one")
@@ -1314,11 +1322,13 @@ _VALUES = frozenset(
     "decimal.Decimal fractions.Fraction uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split()
 )
 
-# How an object is made from its record: flags in a call of `_make`.
-_CALL, _ROOT = 1, 2
+# Flags in a call of `_make`:
+_CALL = 1  # made by calling the class, not by its __new__
+_ROOT = 2  # the component itself, which others may ask for while it is being filled
 
 # What pickle writes in one piece, so that reducer_override never sees it, though it may be shared.
 _CONTAINERS = (list, dict, set, bytearray)
+# What has no identity worth keeping: never a reference, always written again.
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset)
 
 
@@ -1334,18 +1344,15 @@ def _storable_class(name: str) -> type:
 
 
 def _make(name: str, flags: int, *args: object) -> Any:
-    """Stands in a record for: an object of the class *name*.  Never called, see `_open_blob`."""
-    raise NotImplementedError
+    """Stands in a record for: an object of the class *name*.  Never called: `_Reader` puts another in its place."""
 
 
 def _ref(key: str) -> Any:
     """Stands in a record for: the component under *key*; "" is the session.  Never called either."""
-    raise NotImplementedError
 
 
 def _fill(container: set[Any], items: tuple[Any, ...]) -> None:
     """Stands in a record for: put *items* into a set.  Nor is this."""
-    raise NotImplementedError
 
 
 class _Root:
@@ -1360,19 +1367,19 @@ class _Writer(pickle.Pickler):
 
     No class or function gets into the record.  An object is written as ``_make(name of its class,
     ...)``; the session and its other components as ``_ref(key)``.
+
+    *name* is what errors call the component, *root* the component itself (None if it is written as
+    a reference, or an attribute); *refs* has the keys of the session and its components by id().
     """
 
     def __init__(self, file: io.BytesIO, name: str, root: object, refs: dict[int, str]) -> None:
         super().__init__(file, 5)
         self.name, self.root, self.refs = name, root, refs
 
-    def refuse(self, what: str) -> NotStorable:
-        return NotStorable(self.name, what)
-
     def class_name(self, cls: Any) -> str:
         name = _name(cls)
         if _storables.get(name) is not cls and name not in _VALUES:
-            raise self.refuse(f"an object of class {name}, which isn't declared")
+            raise NotStorable(self.name, f"an object of class {name}, which isn't declared")
         return name
 
     def reducer_override(self, obj: Any) -> Any:
@@ -1389,14 +1396,14 @@ class _Writer(pickle.Pickler):
         if key is not None and obj is not self.root:
             return _ref, (key,)
         if isinstance(obj, type):
-            raise self.refuse(f"the class {_name(obj)} itself")
+            raise NotStorable(self.name, f"the class {_name(obj)} itself")
         reduce = copyreg.dispatch_table.get(type(obj))
         try:
             reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
         except TypeError as error:
-            raise self.refuse(f"an object of class {_name(type(obj))} ({error})") from error
+            raise NotStorable(self.name, f"an object of class {_name(type(obj))} ({error})") from error
         if isinstance(reduced, str):
-            raise self.refuse(f"{reduced} of {type(obj).__module__}")
+            raise NotStorable(self.name, f"{reduced} of {type(obj).__module__}")
         function, args, *rest = reduced
         flags = _ROOT if obj is self.root else 0
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -1405,7 +1412,7 @@ class _Writer(pickle.Pickler):
             cls, flags = function, flags | _CALL
         else:
             name = getattr(function, "__qualname__", repr(function))
-            raise self.refuse(f"an object of class {_name(type(obj))}, which is made by {name}()")
+            raise NotStorable(self.name, f"an object of class {_name(type(obj))}, which is made by {name}()")
         return (_make, (self.class_name(cls), flags, *args), *rest)
 
 
@@ -1422,7 +1429,10 @@ class _LinkingWriter(_Writer):
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles with the two functions that it is given; no record gets at anything else."""
+    """Unpickles with *make* and *ref* for `_make` and `_ref`, and set.update for `_fill`.
+
+    No record gets at anything else; without *make*, at nothing but plain values.
+    """
 
     def __init__(self, blob: bytes, make: Any = None, ref: Any = None) -> None:
         super().__init__(io.BytesIO(blob))
@@ -1436,6 +1446,10 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, key: Any) -> Any:
         return self.functions["_ref"](key)
+
+
+# The fields of a session that are stored, in this order.
+_FIELDS = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner", "_callbacks")
 
 
 class StoredSession(Session):
@@ -1454,20 +1468,14 @@ class StoredSession(Session):
     def __init__(
         self, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
     ) -> None:
-        put = object.__setattr__
-        put(self, "uid", uid)
-        put(self, "_key", key)
-        put(self, "_store", store)
-        put(self, "_state", state)
-        put(self, "_blobs", blobs)
-        put(self, "_opened", set())
-        put(self, "_first", _NO_COMPONENT)
-        put(self, "_others", _NO_OTHERS)
-        put(self, "_hold", None)
-        put(self, "_by", None)
+        self._put(uid=uid, _key=key, _store=store, _state=state, _hold=None, _by=None)
+        self._put(_blobs=blobs, _opened=set(), _first=_NO_COMPONENT, _others=_NO_OTHERS)
         self._set_fields(fields)
 
     # Reading
+
+    def __setstate__(self, state: object) -> None:
+        raise SealError("a record can't set the state of the session itself")
 
     def _load(self, key: str) -> Any:
         """Open the blob under *key*; SealError (or what its class raises) if that can't be."""
@@ -1491,11 +1499,11 @@ class StoredSession(Session):
             if not other:
                 return self
             kept = dict(self._kept()).get(_interfaces.get(other))
-            if kept is None:
-                if other in self._opened:
-                    raise SealError(f"{key} and {other} contain each other, and neither can be made first")
-                return self._load(other)
-            return kept
+            if kept is not None:
+                return kept
+            if other in self._opened:
+                raise SealError(f"{key} and {other} contain each other, and neither can be made first")
+            return self._load(other)
 
         before = self._opened.copy()
         self._opened.add(key)
@@ -1533,9 +1541,6 @@ class StoredSession(Session):
                 except Exception as error:
                     _log(30, self.uid, "keeps an attribute %s that can't be opened: %s", key[1:], error)
 
-    def __setstate__(self, state: object) -> None:
-        raise SealError("a record can't set the state of the session itself")
-
     def _load_all(self) -> None:
         """Open what can be opened: before a component goes, those that refer to it must have it in hand."""
         for key in [key for key in self._blobs if key not in self._opened]:
@@ -1545,10 +1550,11 @@ class StoredSession(Session):
                 _log(30, self.uid, "keeps %s that can't be opened: %s", key, error)
 
     def __contains__(self, interface: object) -> bool:
-        if super().__contains__(interface) or not isinstance(interface, InterfaceMeta):
-            return super().__contains__(interface)
+        if not isinstance(interface, InterfaceMeta):
+            return False
         key = _name(interface)
-        return key in self._blobs and key not in self._opened
+        unopened = key in self._blobs and key not in self._opened and _interfaces.get(key) is interface
+        return super().__contains__(interface) or unopened
 
     def setComponent(self, interface: type, component: object) -> None:
         if interface in self:
@@ -1574,7 +1580,7 @@ class StoredSession(Session):
 
     # Callbacks: (key, name of a method)
 
-    def _callback(self, callback: Any) -> Any:
+    def _stored_callback(self, callback: Any) -> Any:
         target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
         for interface, component in self._kept():
             if component is target and getattr(component, name, None) == callback:
@@ -1584,8 +1590,8 @@ class StoredSession(Session):
             "isn't: setComponent() first, then session.notifyOnExpire(component.method)"
         )
 
-    def _resolve(self, callback: Any) -> Any:
-        key, name = callback
+    def _live_callback(self, stored: Any) -> Any:
+        key, name = stored
         component = dict(self._kept()).get(_interfaces.get(key))
         component = self._load(key) if component is None else component
         if name.startswith("__") or not hasattr(type(component), name):
@@ -1596,30 +1602,28 @@ class StoredSession(Session):
 
     def _dump(self) -> dict[str, bytes]:
         """The blobs of all that was opened or set."""
+        items: dict[str, Any] = {}
         refs = {id(self): ""}
         writer: type[_Writer] = _Writer
-        kept = self._kept()
-        for interface, component in kept:
+        for interface, component in self._kept():
+            key = _name(interface)
+            if _interfaces.get(key) is not interface:
+                raise NotStorable(f"the component {key}", "a name that now means another interface of that name")
+            items[key] = component
             if not isinstance(component, _ATOMS):
-                refs.setdefault(id(component), _name(interface))
-                if type(component) in _CONTAINERS:
-                    writer = _LinkingWriter
-        items = {_name(interface): component for interface, component in kept}
-        for interface, _ in kept:
-            if _interfaces.get(_name(interface)) is not interface:
-                raise NotStorable(_name(interface), "the place of another interface of that name")
+                refs.setdefault(id(component), key)
+            if type(component) in _CONTAINERS:
+                writer = _LinkingWriter
         items.update(("." + name, value) for name, value in self.__dict__.items())
         self._opened.update(items)
         return {key: self._dump_item(writer, key, item, refs) for key, item in items.items()}
 
     def _dump_item(self, writer: type[_Writer], key: str, item: Any, refs: dict[int, str]) -> bytes:
         file = io.BytesIO()
-        if key.startswith("."):
-            name, root = f"the attribute {key[1:]}", None
-        elif refs.get(id(item), key) == key:
-            name, root = f"the component {key}", item
-        else:
-            name, root = f"the component {key}", None  # kept for another interface, too: a reference to that
+        attribute = key.startswith(".")
+        name = f"the attribute {key[1:]}" if attribute else f"the component {key}"
+        # A component that is kept for another interface, too, becomes a reference to that.
+        root = None if attribute or refs.get(id(item), key) != key else item
         pickler = writer(file, name, root, refs)
         try:
             pickler.dump(_Root(item) if root is not None and type(item) in (list, dict, set) else item)
@@ -1657,41 +1661,21 @@ class StoredSession(Session):
 
     def _is_changed(self) -> bool:
         fields, stored = self._fields(), self._meta
+        # To have been used, lastModified, is no change.
         return (fields[0], *fields[2:]) != (stored[0], *stored[2:]) or bool(self._changes())
 
     def _fields(self) -> tuple[Any, ...]:
-        return (
-            self.created,
-            self.lastModified,
-            self.lifetime,
-            self.max_lifetime,
-            self._since,
-            self.owner,
-            tuple(self._callbacks or ()),
-        )
+        return tuple(getattr(self, name) for name in _FIELDS)
 
     def _set_fields(self, fields: tuple[Any, ...]) -> None:
-        created, last_modified, lifetime, max_lifetime, since, owner, callbacks = fields
-        put = object.__setattr__
-        put(self, "_meta", fields)
-        put(self, "created", created)
-        put(self, "lastModified", last_modified)
-        put(self, "lifetime", lifetime)
-        put(self, "max_lifetime", max_lifetime)
-        put(self, "_since", since)
-        put(self, "owner", owner)
-        put(self, "_callbacks", list(callbacks) or None)
+        self._put(_meta=fields, **dict(zip(_FIELDS, fields, strict=True)))
 
 
 _keepers.add(StoredSession.getComponent)
 
 
-class _Held:
-    """The type of `HELD`."""
-
-
 #: What `PersistentStore.hold` answers for a record that somebody else holds.
-HELD: Any = _Held()
+HELD: Any = object()
 
 
 @implementer(IStore)
@@ -1831,6 +1815,7 @@ class PersistentStore:
     # What IStore promises
 
     def _ask(self, operation: Callable[..., T], *args: object) -> T:
+        """Do one of the operations; what its driver raises becomes a StoreError."""
         try:
             return operation(*args)
         except SessionError:
@@ -1838,33 +1823,6 @@ class PersistentStore:
         except Exception as error:
             name = f"{type(self).__name__}.{operation.__name__}"
             raise StoreError(f"{name} failed: {type(error).__name__}: {error}") from error
-
-    def create(self, lifetime: float, max_lifetime: float) -> Session:
-        uid, now = _new_uid(), self.clock()
-        return StoredSession(self, uid, self._key(uid), _NEW, (now, now, lifetime, max_lifetime, now, None, ()), {})
-
-    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
-        if self.clock() >= self._next_sweep:
-            self._next_sweep = self.clock() + 10
-            self._end_due(20)
-        key, token = self._key(uid), os.urandom(8).hex()
-        record = self._acquire(key, token, patience) if hold else self._ask(self.read, key)
-        if record is None:
-            return None
-        session = self._revive(key, uid, record)
-        if session is None:
-            if hold:
-                self._ask(self.free, key, token)
-            return None
-        if hold:
-            _set_hold(session, token)
-        now = self.clock()
-        if now >= session.expires:
-            self.discard(session)
-            return None
-        _set_modified(session, now)
-        session._load_attributes()
-        return session
 
     def _acquire(self, key: str, token: str, patience: float) -> bytes | None:
         """Hold the record, waiting for others who do."""
@@ -1880,6 +1838,37 @@ class PersistentStore:
             time.sleep(pause * (0.5 + os.urandom(1)[0] / 255))
             pause = min(pause * 1.2, 0.02)
 
+    def _fetch(self, uid: str, patience: float, hold: bool = True) -> StoredSession | None:
+        """The session as it is stored, held if so wanted; None if it isn't there or can't be trusted."""
+        key, token = self._key(uid), os.urandom(8).hex()
+        record = self._acquire(key, token, patience) if hold else self._ask(self.read, key)
+        session = None if record is None else self._revive(key, uid, record)
+        if hold and session is not None:
+            _set_hold(session, token)
+        elif hold and record is not None:
+            self._ask(self.free, key, token)
+        return session
+
+    def create(self, lifetime: float, max_lifetime: float) -> Session:
+        uid, now = _new_uid(), self.clock()
+        return StoredSession(self, uid, self._key(uid), _NEW, (now, now, lifetime, max_lifetime, now, None, ()), {})
+
+    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
+        if self.clock() >= self._next_sweep:
+            self._next_sweep = self.clock() + 10
+            self._end_due(20)
+        session = self._fetch(uid, patience, hold)
+        if session is None:
+            return None
+        now = self.clock()
+        if now >= session.expires:
+            if hold:  # else another request may hold it, or the sweep comes upon it
+                self.discard(session)
+            return None
+        _set_modified(session, now)
+        session._load_attributes()
+        return session
+
     def save(self, session: Any) -> None:
         if session._state is _ENDED:
             _log(30, session.uid, "has ended while a request used it: nothing is saved")
@@ -1888,73 +1877,49 @@ class PersistentStore:
             if session._hold is None:
                 self._save_merged(session)
             else:
-                self._save_held(session)
+                self._save_held(session, session._blobs, session._changes())
         elif not session._is_empty():
+            self._end_due(2)  # first, for if that fails there is no session without its cookie
             _set_modified(session, self.clock())
-            self._store(session, self._insert, session._dump())
-            session._put(_state=_STORED)
+            key, blobs, fields = session._key, session._dump(), session._fields()
+            self._ask(self.insert, key, self._seal(key, fields, blobs), session.expires, session.owner, None, 0.0)
+            session._put(_state=_STORED, _blobs=blobs, _meta=fields)
             _log(20, session.uid, "created")
-            self._end_due(2)
 
-    def _insert(self, session: Any, record: bytes) -> bool:
-        self._ask(self.insert, session._key, record, session.expires, session.owner, None, 0.0)
-        return True
-
-    def _write(self, session: Any, record: bytes) -> bool:
-        return self._ask(self.write, session._key, session._hold, record, session.expires, session.owner)
-
-    def _store(self, session: Any, write: Callable[[Any, bytes], bool], blobs: dict[str, bytes]) -> bool:
-        fields = session._fields()
-        done = write(session, self._seal(session._key, fields, blobs))
+    def _save_held(self, session: Any, stored: dict[str, bytes], changes: dict[str, bytes | None]) -> None:
+        """Write *stored* with *changes* and let go of the session, if it is there and still held."""
+        changed = {**stored, **changes}.items()
+        key, blobs, fields = session._key, {k: blob for k, blob in changed if blob is not None}, session._fields()
+        record = self._seal(key, fields, blobs)
+        done = self._ask(self.write, key, session._hold, record, session.expires, session.owner)
+        session._put(_hold=None)
         if done:
             session._put(_blobs=blobs, _meta=fields)
-        return done
-
-    def _save_held(self, session: Any) -> None:
-        blobs = dict(session._blobs)
-        self._apply(session._changes(), blobs)
-        self._finish(session, blobs)
-
-    def _finish(self, session: Any, blobs: dict[str, bytes]) -> None:
-        """Write the session and let go of it, if it is there and still held."""
-        done = self._store(session, self._write, blobs)
-        session._put(_hold=None)
-        if not done and self._ask(self.read, session._key) is None:
+        elif self._ask(self.read, key) is None:
             session._put(_state=_ENDED)
             _log(30, session.uid, "was ended by another request: nothing is saved")
-        elif not done:
+        else:
             _log(30, session.uid, "was taken over after its lease ran out: nothing is saved")
             raise SessionConflict(self.lease)
-
-    def _apply(self, changes: dict[str, bytes | None], blobs: dict[str, bytes]) -> None:
-        for key, blob in changes.items():
-            if blob is None:
-                blobs.pop(key, None)
-            else:
-                blobs[key] = blob
 
     def _save_merged(self, session: Any) -> None:
         """Bring the changes of a request that held nothing into what is stored by now, component by component."""
         changes, before = session._real_changes(), session._blobs
-        token = os.urandom(8).hex()
-        record = self._acquire(session._key, token, self.lease)
-        current = None if record is None else self._revive(session._key, session.uid, record)
+        current = self._fetch(session.uid, self.lease)
         if current is None:
             session._put(_state=_ENDED)
             _log(30, session.uid, "was ended by another request: nothing is saved")
             return
-        blobs = dict(current._blobs)
-        for key in changes:
-            if blobs.get(key) != before.get(key) and blobs.get(key) != changes[key]:
+        for key, blob in changes.items():
+            if current._blobs.get(key) not in (before.get(key), blob):
                 _log(30, session.uid, "has two versions of %s: the last one stays", key)
-        self._apply(changes, blobs)
-        # Of the fields, too, what this request changed counts, and what others did otherwise.
+        # The same for the fields: what this request changed, and else what is stored by now.
         mine, base, theirs = session._fields(), session._meta, current._fields()
         merged = [m if m != b else t for m, b, t in zip(mine, base, theirs, strict=True)]
-        merged[6] = tuple(dict.fromkeys([*theirs[6], *mine[6]]))
+        merged[-1] = tuple(dict.fromkeys([*theirs[-1], *mine[-1]]))  # the callbacks of both
         session._set_fields(tuple(merged))
-        session._put(_hold=token)
-        self._finish(session, blobs)
+        session._put(_hold=current._hold)
+        self._save_held(session, current._blobs, changes)
 
     def release(self, session: Any) -> None:
         hold = session._hold
@@ -1971,12 +1936,11 @@ class PersistentStore:
             token, meta, blobs = session._hold, session._meta, session._blobs
             if token is None:
                 # Others may have merged something into it meanwhile; from here on they wait, in vain.
-                token = os.urandom(8).hex()
-                stored = self._acquire(session._key, token, self.lease)
-                current = None if stored is None else self._revive(session._key, session.uid, stored)
+                current = self._fetch(session.uid, self.lease)
                 if current is None:
-                    raise SessionConflict(self.lease)
-                meta, blobs = current._meta, current._blobs
+                    session._put(_state=_ENDED)
+                    raise SessionError("this session has ended: ISession(environ) answers a new one")
+                token, meta, blobs = current._hold, current._meta, current._blobs
             record = self._seal(key, meta, blobs)
             until = self.clock() + self.lease
             self._ask(self.insert, key, record, session.expires, meta[5], session._hold, until)
@@ -1996,7 +1960,7 @@ class PersistentStore:
 
     def sweep(self) -> int:
         total = 0
-        while count := self._end_due(100):
+        while count := self._end_due(1000):
             total += count
         return total
 
@@ -2007,7 +1971,7 @@ class PersistentStore:
         return len(records)
 
     def _end_record(self, key: str, record: bytes) -> None:
-        session = self._revive(key, key, record)
+        session = self._revive(key, key, record)  # the uid is unknown; in logs the key stands for it
         if session is not None:
             session._end()
 
@@ -2031,6 +1995,7 @@ class _SQLStore(PersistentStore):
     never later and is put right by the sweep that comes upon it.
     """
 
+    # What PostgreSQL adds to a SELECT of rows to take, and to the condition of a hold.
     _skip_locked = ""
     _relaxed = ""
 
@@ -2125,8 +2090,7 @@ class _SQLStore(PersistentStore):
         return [key for (key,) in self._run(self._owned_sql, owner)]
 
     def __len__(self) -> int:
-        count: int = self._run(self._count_sql)[0][0]
-        return count
+        return int(self._run(self._count_sql)[0][0])
 
 
 _sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
@@ -2171,11 +2135,8 @@ class SQLiteStore(_SQLStore):
         self._idle: list[Any] = []
         self._pid = os.getpid()
         _sqlite_stores.add(self)
-        self._ask(self._create)
-
-    def _create(self) -> None:
         for statement in self._create_table:
-            self._run(statement)
+            self._ask(self._run, statement)
 
     def _open_connection(self) -> Any:
         connection = self._connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
@@ -2277,13 +2238,13 @@ class RedisStore(PersistentStore):
     # A session that nobody swept goes by itself so many seconds after its end, without callbacks.
     _grace = 3600
 
-    _HOLD = """
+    _HOLD = """-- ARGV: token, now, until
         local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until')
         if not v[1] then return 0 end
         if v[2] and v[2] ~= ARGV[1] and tonumber(v[3]) > tonumber(ARGV[2]) then return 1 end
         redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'until', ARGV[3])
         return v[1]"""
-    _WRITE = """
+    _WRITE = """-- ARGV: token, record, expires, owner, ttl, are the indexes right?
         local v = redis.call('HMGET', KEYS[1], 'holder', 'owner', 'expires')
         if v[1] ~= ARGV[1] then return 0 end
         if ARGV[6] == '0' and (v[2] ~= ARGV[4] or tonumber(ARGV[3]) < tonumber(v[3])) then return v[2] end
@@ -2291,14 +2252,14 @@ class RedisStore(PersistentStore):
         redis.call('HDEL', KEYS[1], 'holder', 'until')
         redis.call('PEXPIRE', KEYS[1], ARGV[5])
         return 1"""
-    _FREE = """
+    _FREE = """-- ARGV: token
         if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('HDEL', KEYS[1], 'holder', 'until') end"""
-    _DELETE = """
+    _DELETE = """-- ARGV: token, or ''
         local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'owner')
         if not v[1] or (ARGV[1] ~= '' and v[2] ~= ARGV[1]) then return 0 end
         redis.call('DEL', KEYS[1])
         return {v[1], v[3] or ''}"""
-    _TAKE = """
+    _TAKE = """-- ARGV: now
         local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until', 'expires', 'owner')
         if not v[1] then return 0 end
         local now = tonumber(ARGV[1])
@@ -2323,6 +2284,9 @@ class RedisStore(PersistentStore):
         scripts = (self._HOLD, self._WRITE, self._FREE, self._DELETE, self._TAKE)
         self._scripts = {script: client.register_script(script) for script in scripts}
 
+    def _place(self, key: str) -> str:
+        return f"{self._prefix}{{{key}}}"
+
     def _eval(self, script: str, key: str, *args: Any) -> Any:
         """Run a script on the record of *key*."""
         registered = self._scripts[script]
@@ -2333,9 +2297,6 @@ class RedisStore(PersistentStore):
             if type(error).__name__ != "NoScriptError":  # the driver's; we don't import drivers
                 raise
             return registered([self._place(key)], args)  # loads it into a server that is new
-
-    def _place(self, key: str) -> str:
-        return f"{self._prefix}{{{key}}}"
 
     def _ttl(self, expires: float) -> int:
         """Milliseconds; a lifetime without end gets a hundred years."""
@@ -2372,10 +2333,9 @@ class RedisStore(PersistentStore):
 
     def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
         args = [token, record, expires, owner or "", self._ttl(expires)]
-        done = self._eval(self._WRITE, key, *args, 0)
-        if isinstance(done, bytes):
+        before = done = self._eval(self._WRITE, key, *args, 0)
+        if isinstance(before, bytes):
             # It changes hands, or ends earlier than thought: say so where it is looked for, then write.
-            before = done
             self._index(key, expires, owner)
             done = self._eval(self._WRITE, key, *args, 1)
             if done and before and before != (owner or "").encode():
@@ -2394,17 +2354,19 @@ class RedisStore(PersistentStore):
         return bytes(record)
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        taken = []
-        for key in self._client.zrangebyscore(self._prefix + "due", "-inf", now, start=0, num=limit):
-            key = key.decode()
-            found = self._eval(self._TAKE, key, now)
-            if isinstance(found, list):
-                taken.append((key, found[0]))
-                self._unindex(key, found[1])
-            elif found:
-                self._client.zadd(self._prefix + "due", {key: float(found)})
-            else:
-                self._client.zrem(self._prefix + "due", key)
+        taken: list[tuple[str, bytes]] = []
+        while keys := self._client.zrangebyscore(self._prefix + "due", "-inf", now, start=0, num=limit):
+            for key in map(bytes.decode, keys):
+                found = self._eval(self._TAKE, key, now)
+                if isinstance(found, list):
+                    taken.append((key, found[0]))
+                    self._unindex(key, found[1])
+                elif found:
+                    self._client.zadd(self._prefix + "due", {key: float(found)})
+                else:
+                    self._client.zrem(self._prefix + "due", key)
+            if taken or limit < 1000:  # a request looks at a few, a sweep at all that may be due
+                break
         return taken
 
     def owned(self, owner: str) -> list[str]:
@@ -2435,7 +2397,9 @@ class _Uids:
 
 
 def _all_cookies(header: str, name: str, but: str = "") -> list[str]:
-    """The first four uids in a Cookie header that stand under *name*, whatever else is there; *but* counts, too.
+    """The uids in a Cookie header that stand under *name*, whatever else is there.
+
+    Four at most, with *but*, which the caller has tried already and doesn't want again.
 
     Browsers send the cookie of the longest path first (RFC 6265, 5.4); one of the same name may
     come from another application on this or a parent domain.  Only ";" separates and only blanks
@@ -2459,7 +2423,7 @@ def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain:
             raise ValueError(f"{option}={value!r}: it is a str")
     if secure not in (None, True, False):
         raise ValueError(f"secure={secure!r}: it is True, False or None (by wsgi.url_scheme)")
-    token = set("!#$%&'*+-.^_`|~") | {c for c in _UID_CHARACTERS if c.isalnum()}
+    token = _UID_CHARACTERS.union("!#$%&'*+.^`|~")
     if not name or not token.issuperset(name):
         raise ValueError(f"cookie={name!r}: a cookie's name is made of letters, digits and !#$%&'*+-.^_`|~")
     if samesite not in ("Lax", "Strict", "None"):
@@ -2556,7 +2520,7 @@ class _Exchange:
         header = environ.get("HTTP_COOKIE")
         if header is None:
             return None
-        hold = middleware.locking and not self._sent
+        hold = middleware.locking and not self._sent  # once they have left, nothing would let go of it
         # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
         # 0.15 us whatever the header's length, http.cookies 5 to 27.
         uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
@@ -2565,6 +2529,7 @@ class _Exchange:
             if session is not None:
                 self._uid, self._hold = uid, session._hold if hold else None
                 return session
+        if _is_uid(uid):
             _log(20, uid, "isn't known (any more)")
         for other in _all_cookies(header, middleware._names[secure], uid):
             session = middleware.store.open(other, middleware.patience, hold)
@@ -2611,6 +2576,7 @@ class _Exchange:
             if held or session._state is not _STORED or not middleware.locking or session._is_changed():
                 if session._state is not _ENDED:
                     middleware.store.save(session)
+                # Nothing is saved of a session that ended, and in another thread save() doesn't let go.
                 if held and (session._state is _ENDED or self._hold != get_ident()):
                     middleware.store.release(session)
             if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
@@ -2670,12 +2636,11 @@ class _Exchange:
 
     def close(self) -> None:
         """The response is over.  What a body did to its session while it was sent is saved now."""
-        if not self._sent:
+        session, sent = self._session, self._sent
+        if not sent:
             self.abort()
-            self._sent = True  # too late for a new session, and nothing is held any more
-            self._session = None
-        session, self._session = self._session, None
-        if session is not None and session._state is _STORED and session._is_changed():
+        self._session, self._sent = None, True  # from here on it is too late for a new session
+        if sent and session is not None and session._state is _STORED and session._is_changed():
             self._middleware.store.save(session)
 
 
@@ -2693,8 +2658,6 @@ class _Body:
 
     def __next__(self) -> bytes:
         exchange = self._exchange
-        if exchange._sent:
-            return self._next()
         try:
             chunk = self._next()
         except StopIteration:
@@ -2755,8 +2718,8 @@ class SessionMiddleware:
         _check_cookie_options(cookie, secure, samesite, domain, path)
         self.app = app
         self.store: Any = MemoryStore() if store is None else IStore(store)
-        self.cookie, self.lifetime = cookie, _seconds(lifetime, "lifetime")
-        self.max_lifetime = _seconds(max_lifetime, "max_lifetime")
+        self.cookie = cookie
+        self.lifetime, self.max_lifetime = _seconds(lifetime, "lifetime"), _seconds(max_lifetime, "max_lifetime")
         self.locking, self.patience, self.secure, self.persistent = locking, patience, secure, persistent
         self._has_default_store = store is None
         self._secure_schemes = {None: ("https",), True: ("http", "https"), False: ()}[secure]
@@ -2807,11 +2770,13 @@ class SessionMiddleware:
                 return result
             return _Body(exchange, result)
         except BaseException:
-            # Nothing was sent, nobody else will close what there is.
-            exchange.close()
-            close = getattr(result, "close", None)
-            if close is not None:
-                close()
+            # Nobody else will close what there is.
+            try:
+                exchange.close()
+            finally:
+                close = getattr(result, "close", None)
+                if close is not None:
+                    close()
             raise
 
     def _is_file(self, environ: dict[str, Any], result: object) -> bool:
@@ -2830,8 +2795,9 @@ def _session_of_environ(environ: dict[str, Any]) -> Any:
     exchange = environ.get(_KEY)
     if exchange is None:
         return None
+    # Strategy: the first lines of `exchange.session` again, for all calls of a request but its first.
     session = exchange._session
-    if session is None or session._state is _ENDED or exchange._sent:
+    if session is None or session._state is _ENDED:
         return exchange.session(environ)
     return session
 
