@@ -220,6 +220,9 @@ _MISSING: Any = _Missing()
 _ITSELF: Any = object()  # the object is the answer
 _KEPT: Any = object()  # look at what obj keeps, see Componentized
 
+# What is remembered, by interface and type; see AdapterRegistry.plan.
+_plans: dict[type, dict[type, Any]] = {}
+
 # Interfaces by name, for records that name them.
 _interfaces: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
@@ -233,14 +236,13 @@ class InterfaceMeta(type):
 
     #: The registry that interfaces ask.
     registry: AdapterRegistry
-    _plans: dict[type, Any]  # how objects adapt, by their type; see AdapterRegistry.plan
     __advice__: str | None
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> InterfaceMeta:
         for base in bases:
             if not isinstance(base, InterfaceMeta):
                 raise TypeError(f"{name} is an interface and can only extend interfaces, not {base.__name__}")
-        cls = super().__new__(mcs, name, bases, {**namespace, "_plans": {}}, **options)
+        cls = super().__new__(mcs, name, bases, namespace, **options)
         _interfaces[_name(cls)] = cls
         return cls
 
@@ -257,13 +259,13 @@ class InterfaceMeta(type):
             zope.interface does, costs five times as much for objects that have none.
             """
             try:
-                plan = cls._plans[type(obj)]
+                plan = _plans[cls][type(obj)]
             except KeyError:
                 plan = cls.registry.plan(cls, type(obj))
             if plan is _KEPT:
-                first = obj._first
-                if first[0] is cls:
-                    return first[1]
+                interface, answer = obj._first
+                if interface is cls:
+                    return answer
                 answer = obj._others.get(cls)
                 if answer is None:
                     answer = type(obj).__conform__(obj, cls)
@@ -402,7 +404,6 @@ class AdapterRegistry:
         self._targets: list[type] = []
         # What was worked out, until something changes:
         self._found: dict[tuple[type, type], Any] = {}
-        self._planned: set[Any] = set()  # the interfaces that remember plans
 
     def register(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
         """Make ``factory(obj)`` adapt objects of *original*, a class or an interface, to each of *interfaces*.
@@ -502,18 +503,14 @@ class AdapterRegistry:
                     plan = _KEPT
                 else:
                     plan = _conforming(conform, interface, kind, plan)
-            interface._plans[kind] = plan
-            self._planned.add(interface)  # in this order, see forget
+            _plans.setdefault(interface, {})[kind] = plan
         return plan
 
     def forget(self) -> None:
         """Drop all that was worked out: it may be wrong by now, and it keeps classes alive."""
         self._orders.clear()
         self._found.clear()
-        # The garbage collector may call this at any point of `plan`: no plan may stay that isn't in _planned.
-        for interface in list(self._planned):
-            self._planned.discard(interface)
-            interface._plans.clear()
+        _plans.clear()
 
 
 registry = InterfaceMeta.registry = AdapterRegistry()
