@@ -2843,11 +2843,12 @@ class TestMemoryStore:
         def trouble(seed):
             rng = random.Random(seed)
             for _ in range(400):
-                if not uids or rng.random() < 0.2:
+                known = list(uids)
+                if not known or rng.random() < 0.2:
                     uids.append(new_session(store, witness=next(names), owner="ann").uid)
                     del uids[:-15]
                     continue
-                session = store.open(rng.choice(uids), patience=5, hold=rng.random() < 0.8)
+                session = store.open(rng.choice(known), patience=5, hold=rng.random() < 0.8)
                 clock.advance(0.02)
                 if session is None:
                     continue
