@@ -9,6 +9,7 @@ ratios to minisess.  Machines are noisy: trust ratios, not times.  Peers take pa
 """
 
 import argparse
+import contextlib
 import functools
 import gc
 import io
@@ -203,24 +204,29 @@ def requests():
 def stores(redis_url=None, postgres=None):
     """One request that reads and writes, on each store, less the same request of the bare application."""
     folder = tempfile.mkdtemp(prefix="minisess-benchmark-")
-    made = {"minisess, SQLite": SQLiteStore(os.path.join(folder, "sessions.db"), secret=SECRET)}
+    made = {"minisess, on disk": SQLiteStore(os.path.join(folder, "sessions.db"), secret=SECRET)}
+    peers = {"Beaker's files, on disk": {"session.type": "file", "session.data_dir": folder}}
+    with contextlib.suppress(ImportError):
+        import sqlalchemy
+
+        url = sqlalchemy.URL.create("sqlite", database=os.path.join(folder, "beaker.db"))
+        options = {"session.type": "ext:database", "session.url": str(url), "session.lock_dir": folder}
+        peers["Beaker with SQLAlchemy, on disk"] = options
     if redis_url:
         import redis
 
         made["minisess, Redis"] = RedisStore(redis.Redis.from_url(redis_url), secret=SECRET)
+        peers["Beaker, Redis"] = {"session.type": "ext:redis", "session.url": redis_url, "session.lock_dir": folder}
     if postgres:
         import psycopg_pool
 
         pool = psycopg_pool.ConnectionPool(postgres, min_size=1, open=True)
         made["minisess, PostgreSQL"] = PostgresStore(pool.connection, secret=SECRET)
     applications = {name: SessionMiddleware(counter, store) for name, store in made.items()}
-    try:
+    with contextlib.suppress(ImportError):
         from beaker.middleware import SessionMiddleware as Beaker
 
-        options = {"session.type": "file", "session.data_dir": folder}
-        applications["Beaker, files"] = Beaker(beaker_counter, options)
-    except ImportError:
-        pass
+        applications |= {name: Beaker(beaker_counter, options) for name, options in peers.items()}
     base = driver(bare)
     return {name: (driver(app, "/", run(app, environ_of())), base) for name, app in applications.items()}
 
