@@ -27,6 +27,9 @@ registerAdapter(Counter, Session, ICounter)
 
 
 def app(environ, start_response):
+    if environ["PATH_INFO"] != "/":  # browsers ask for a favicon, which is no visit
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"There is nothing here.\n"]
     counter = ICounter(ISession(environ))  # made on first use, the same object ever after
     counter.hits += 1
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
