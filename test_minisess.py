@@ -2513,7 +2513,7 @@ class TestMemoryStore:
         assert ICounter(store.open(uid)).hits == 8000
 
     def test_requests_that_dont_touch_the_session_never_wait(self, store):
-        browser = Browser(SessionMiddleware(counter_app, store, patience=0))
+        browser = Browser(wrap(counter_app, store, patience=0))
         browser.get()
         mine = store.open(browser.cookies["sid"])
         assert browser.get("/no").text == "hello"
@@ -2523,7 +2523,7 @@ class TestMemoryStore:
         assert browser.get().text == "2"
 
     def test_without_locking_nobody_waits(self, store):
-        browser = Browser(SessionMiddleware(counter_app, store, locking=False, patience=0))
+        browser = Browser(wrap(counter_app, store, locking=False, patience=0))
         browser.get()
         mine = store.open(browser.cookies["sid"])
         assert Background(browser.get).result().text == "2"
@@ -2690,7 +2690,7 @@ class TestMemoryStore:
                 session.foo = 1
             return counter_app(environ, start_response)
 
-        browser = Browser(SessionMiddleware(application, store))
+        browser = Browser(wrap(application, store))
         assert [browser.get().text, browser.get().text] == ["1", "2"]
         first = browser.cookies["sid"]
         assert browser.get("/slow").status == "200 OK"
@@ -2708,7 +2708,7 @@ class TestMemoryStore:
                 Background(store.expireAll, "ann").result()
             return plain(start_response)
 
-        browser = Browser(SessionMiddleware(application, store))
+        browser = Browser(wrap(application, store))
         browser.get("/login")
         assert browser.get()["Set-Cookie"] is None
 
@@ -2720,7 +2720,7 @@ class TestMemoryStore:
             session.seen = True
             return plain(start_response, session.owner)
 
-        attacker, victim = (Browser(SessionMiddleware(application, store)) for _ in range(2))
+        attacker, victim = (Browser(wrap(application, store)) for _ in range(2))
         attacker.get()
         victim.cookies.update(attacker.cookies)
         assert victim.get("/login").text == "ann"
@@ -3931,7 +3931,7 @@ def work_app(environ, start_response):
 
 
 def visitor(application, uid, **options):
-    browser = Browser(SessionMiddleware(application, **options))
+    browser = Browser(wrap(application, **options))
     browser.cookies["sid"] = uid
     return browser
 
@@ -4143,7 +4143,7 @@ def test_while_the_server_is_away_requests_fail_and_afterwards_all_is_as_before(
         return plain(start_response, counter.hits)
 
     store = place.store(lease=0.5)
-    browser = Browser(SessionMiddleware(app, store))
+    browser = Browser(wrap(app, store))
     first = served(browser)
     assert first.text == "1"
     browser.cookies["sid"] = first["Set-Cookie"].partition(";")[0].partition("=")[2]
@@ -4307,6 +4307,8 @@ from {__name__} import *
 store = SQLiteStore({str(tmp_path / "store")!r}, secret=SECRET)
 kept(store, thing=[1])  # before the fork
 def app(environ, start_response):
+    if environ["PATH_INFO"] == "/slow":
+        time.sleep(0.1)  # so that this worker can't take them all
     counter = ICounter(ISession(environ))
     counter.hits += 1
     return plain(start_response, f"{{os.getpid()}} {{counter.hits}}")
@@ -4326,20 +4328,29 @@ application = SessionMiddleware(app, store)
     ]
     with running([*command, "--no-control-socket"], env=environment, cwd=tmp_path) as server:
 
-        def get(cookie=None):
-            request = urllib.request.Request(f"http://127.0.0.1:{server.port}/", headers={"Cookie": cookie or ""})
+        def get(cookie="", path="/"):
+            request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers={"Cookie": cookie})
             with urllib.request.urlopen(request, timeout=30) as response:
                 return response.read().split(), response.headers["Set-Cookie"]
 
         cookie = get()[1].partition(";")[0]
         answers = []
-        threads = [threading.Thread(target=lambda: answers.extend(get(cookie)[0] for _ in range(20))) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert sorted(int(hits) for _, hits in answers) == list(range(2, 122))
-    assert len({pid for pid, _ in answers}) > 1
+
+        def ask(path, times):
+            asking = lambda: answers.extend(get(cookie, path)[0] for _ in range(times))  # noqa: E731
+            threads = [threading.Thread(target=asking) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+
+        ask("/", 20)
+        for _ in range(50):  # until the others have started, too
+            if len({pid for pid, _ in answers}) == 3:
+                break
+            ask("/slow", 1)
+    assert len({pid for pid, _ in answers}) == 3
+    assert sorted(int(hits) for _, hits in answers) == list(range(2, 2 + len(answers)))
 
 
 @contextlib.contextmanager
@@ -4374,7 +4385,7 @@ def counted(place, monkeypatch):
 def test_a_request_costs_two_round_trips_and_none_if_it_doesnt_touch_the_session(place_of, kind, monkeypatch):
     place = place_of(kind)
     with counted(place, monkeypatch) as trips:
-        browser = Browser(SessionMiddleware(counter_app, place.store()))
+        browser = Browser(wrap(counter_app, place.store()))
         browser.get()
         browser.get()
         trips.clear()
@@ -5501,7 +5512,7 @@ def test_no_id_is_ever_logged_or_shown(caplog, tmp_path):
         uids.add(session.uid)
         return result
 
-    browser = Browser(SessionMiddleware(app, store, patience=0))
+    browser = Browser(wrap(app, store, patience=0))
     browser.get()
     browser.get("/login")
     held = store.open(browser.cookies["sid"])
@@ -6400,7 +6411,7 @@ def check_login(page):
             page.log_out_everywhere(environ)
         return plain(start_response, page.ICurrentUser(session, "nobody"))
 
-    here, there = [Browser(SessionMiddleware(application, page.store)) for _ in range(2)]
+    here, there = [Browser(wrap(application, page.store)) for _ in range(2)]
     assert [here.get("/in").text, there.get("/in").text] == ["ann", "ann"]
     here.get("/everywhere")
     assert [here.get().text, there.get().text] == ["ann", "nobody"]
@@ -6423,7 +6434,7 @@ def check_report(page):
         return page.report(environ, start_response)
 
     page.make_report = make_report
-    visitor = Browser(SessionMiddleware(counter_app, store))
+    visitor = Browser(wrap(counter_app, store))
     visitor.get()
     visitor.application = SessionMiddleware(application, store)
     assert visitor.get().text == "some" and held == ["some"]
@@ -6497,7 +6508,7 @@ def test_the_transcript_of_adaptation_in_the_readme_is_true(page):
         return plain(start_response)
 
     results, said = [], []
-    Browser(SessionMiddleware(app)).get()
+    Browser(wrap(app)).get()
     assert results[0].attempted > 8 and said == []
 
 

@@ -41,4 +41,7 @@ application = SessionMiddleware(app)
 if __name__ == "__main__":
     server = make_server("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 8000, application)
     print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
-    server.serve_forever()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
