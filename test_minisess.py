@@ -4080,9 +4080,14 @@ def accidents(arguments, uids, kills, path):
     try:
         for seed in range(3):
             hire(seed)
-        time.sleep(0.2)
+        told = 0
         for seed in range(kills):
-            time.sleep(random.uniform(0.005, 0.06))
+            # However slow the machine is: not before a few more responses are there, and then at any moment.
+            end = time.monotonic() + 20
+            while os.fstat(responses).st_size < told + 20 and time.monotonic() < end:
+                time.sleep(0.002)
+            told = os.fstat(responses).st_size
+            time.sleep(random.uniform(0, 0.03))
             assert fire(), "a worker failed"
             hire(3 + seed)
     finally:
@@ -4107,7 +4112,7 @@ def test_who_is_killed_loses_nothing_that_a_client_was_told(place, tmp_path):
     # Whoever is killed may have saved one that it didn't get to tell.
     assert 0 <= lost <= kills + 3
     assert len(received) > kills
-    assert time.monotonic() - ended_at < 0.5 + 1
+    assert time.monotonic() - ended_at < 0.5 + 5
     assert len(store) == len(uids)
 
 
@@ -4972,7 +4977,7 @@ def test_a_request_that_never_asks_for_its_session_changes_no_header_and_asks_no
         return [b"x"]
 
     store = SpyStore()
-    gateway = Gateway(SessionMiddleware(app, store))
+    gateway = Gateway(wrap(app, store))
     assert gateway.run(HTTP_COOKIE="sid=" + FOREIGN[0]).headers == headers
     assert (store.events, store.opened) == ([], [])
 
@@ -4985,7 +4990,7 @@ def test_the_applications_own_header_list_is_left_alone():
         start_response("200 OK", headers)
         return [b"x"]
 
-    gateway = Gateway(SessionMiddleware(app))
+    gateway = Gateway(wrap(app))
     assert gateway.run()["Vary"] == "Cookie"
     assert headers == text_headers()
 
@@ -5151,7 +5156,7 @@ def test_write_after_the_first_piece_still_writes():
         yield b"one"
         write(b"two")
 
-    gateway = Gateway(SessionMiddleware(app))
+    gateway = Gateway(wrap(app))
     gateway.run()
     assert gateway.events == ["200 OK", b"one", b"two"]
 
@@ -5180,7 +5185,7 @@ def test_the_body_is_closed_when_its_session_cannot_be_saved(kind):
         made.extend((file, answer))
         return answer
 
-    gateway = Gateway(SessionMiddleware(app, BrokenStore()))
+    gateway = Gateway(wrap(app, BrokenStore()))
     with pytest.raises(StoreError):
         gateway.run(**{"wsgi.file_wrapper": FileWrapper})
     file, answer = made
@@ -5189,7 +5194,7 @@ def test_the_body_is_closed_when_its_session_cannot_be_saved(kind):
 
 
 def test_a_store_that_fails_sends_no_headers_and_leaves_the_cookie_alone():
-    gateway = Gateway(SessionMiddleware(generator_app, BrokenStore()))
+    gateway = Gateway(wrap(generator_app, BrokenStore()))
     with pytest.raises(StoreError, match="down"):
         gateway.run()
     assert gateway.events == []
@@ -5959,7 +5964,7 @@ def certificate(tmp_path_factory):
 @pytest.mark.parametrize(("scheme", "name"), [("http", "sid"), ("https", "__Host-sid")])
 def test_curl_with_a_cookie_jar_counts_and_logs_out(scheme, name, certificate, tmp_path):
     jar = tmp_path / "jar"
-    with in_thread(SessionMiddleware(page_app), certificate if scheme == "https" else None) as port:
+    with in_thread(wrap(page_app), certificate if scheme == "https" else None) as port:
 
         def curl(path, *options):
             command = [program("curl"), "-sSk", "--noproxy", "*", "-m", "10", "-b", jar, "-c", jar, *options]
@@ -6015,7 +6020,7 @@ def chromium_total(driver, origin):
 @pytest.mark.parametrize(("scheme", "name"), [("http", "sid"), ("https", "__Host-sid")])
 def test_a_browser_counts_and_no_script_of_any_origin_sees_the_session(chromium, certificate, scheme, name):
     pem = certificate if scheme == "https" else None
-    with in_thread(SessionMiddleware(page_app), pem) as port, in_thread(page_app, pem) as other_port:
+    with in_thread(wrap(page_app), pem) as port, in_thread(page_app, pem) as other_port:
         ours = f"{scheme}://127.0.0.1:{port}"
         assert shown(chromium, ours + "/", "count") == "3"
         assert shown(chromium, ours + "/", "count") == "6"
