@@ -264,7 +264,9 @@ class InterfaceMeta(type):
             except KeyError:
                 plan = cls.registry.plan(cls, type(obj))
             if plan is _KEPT:
-                answer = obj._component if obj._interface is cls else obj._others.get(cls)
+                if obj._interface is cls:
+                    return obj._component
+                answer = obj._others.get(cls)
                 if answer is None:
                     answer = type(obj).__conform__(obj, cls)
                 if answer is not None:
@@ -587,11 +589,12 @@ class Componentized:
     ``multiComponent`` is kept under every interface that it provides and is the adapter for.
     """
 
-    # Strategy: most sessions keep one component, so the first has fields of its own and the dict
-    # comes with the second: 300 bytes less, and nothing but the component for the garbage collector.
-    # Which interface they are for never changes, so look-ups need no lock.
+    # Strategy: most sessions keep one component, so one has fields of its own and the dict comes
+    # with the second: 300 bytes less, and found in half the time.  Where `_interface` is right,
+    # `_component` is, too: it is set before and taken away after, and under the GIL no other
+    # thread comes between reading the two.
     _interface: Any
-    _component: Any  # None: there is none (any more)
+    _component: Any
     _others: dict[Any, Any]
 
     def __init__(self) -> None:
@@ -600,23 +603,22 @@ class Componentized:
 
     def _kept(self) -> list[tuple[Any, Any]]:
         """All (interface, component), in no order."""
-        component, others = self._component, list(self._others.items())
-        return others if component is None else [(self._interface, component), *others]
+        interface, component, others = self._interface, self._component, list(self._others.items())
+        return others if interface is None else [(interface, component), *others]
 
     def _keep(self, interface: Any, component: Any) -> None:
         # By object.__setattr__, for classes whose own protects their fields.
-        if self._interface is None:
+        if self._interface is interface or (self._interface is None and interface not in self._others):
             object.__setattr__(self, "_component", component)
             object.__setattr__(self, "_interface", interface)
-        elif self._interface is interface:
-            object.__setattr__(self, "_component", component)
         elif self._others is _NO_OTHERS:
             object.__setattr__(self, "_others", {interface: component})
         else:
             self._others[interface] = component
 
     def _drop(self, interface: Any) -> None:
-        if self._interface is interface and self._component is not None:
+        if self._interface is interface:
+            object.__setattr__(self, "_interface", None)
             object.__setattr__(self, "_component", None)
         else:
             del self._others[interface]
@@ -662,9 +664,7 @@ class Componentized:
 
     def __contains__(self, interface: object) -> bool:
         """Is a component kept for *interface*?  Makes none."""
-        if self._interface is interface:
-            return self._component is not None
-        return interface in self._others
+        return interface is not None and (self._interface is interface or interface in self._others)
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*; KeyError if there is none."""
@@ -786,19 +786,8 @@ class ISession(Interface):
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-@implementer(ISession)
-class Session(Componentized):
-    """One visitor's components and attributes, until it ends.
-
-    Stores make sessions, requests get theirs by ``ISession(environ)``.
-
-    *uid*: 256 random bits, URL-safe.  *owner*: who logged in, a str, or None.
-    *created*, *lastModified*: UNIX time in seconds.
-    *lifetime*, *max_lifetime*: seconds; the idle and the absolute timeout, infinity is none.
-
-    The fields are read-only; every other attribute set on a session is the user's,
-    ``vars(session)`` shows just those.
-    """
+class _Fields(Componentized):
+    """The fields of a session.  Here anybody may set them."""
 
     # fmt: off
     __slots__ = (
@@ -820,6 +809,23 @@ class Session(Componentized):
     _hold: Any  # what its store knows the request by that holds it, or held it last
     _due: float  # the deadline under which a MemoryStore will look at it next
     _by: int | None  # the thread that renewed or expired it
+
+
+@implementer(ISession)
+class Session(_Fields):
+    """One visitor's components and attributes, until it ends.
+
+    Stores make sessions, requests get theirs by ``ISession(environ)``.
+
+    *uid*: 256 random bits, URL-safe.  *owner*: who logged in, a str, or None.
+    *created*, *lastModified*: UNIX time in seconds.
+    *lifetime*, *max_lifetime*: seconds; the idle and the absolute timeout, infinity is none.
+
+    The fields are read-only; every other attribute set on a session is the user's,
+    ``vars(session)`` shows just those.
+    """
+
+    __slots__ = ()
 
     def __init__(self, store: Any, uid: str, now: float, lifetime: float, max_lifetime: float) -> None:
         put = object.__setattr__
@@ -930,7 +936,7 @@ class Session(Componentized):
 
     def _is_empty(self) -> bool:
         """Is there nothing on it that anyone might come back for?"""
-        return self._component is None and not (self._others or self.owner or self._callbacks or self.__dict__)
+        return self._interface is None and not (self._others or self.owner or self._callbacks or self.__dict__)
 
     def _is_changed(self) -> bool:
         """Does it differ from what is stored?  (Sessions in memory are what is stored.)"""
@@ -949,7 +955,7 @@ class Session(Componentized):
 
     def _clear(self) -> None:
         """Break the cycles through components that refer to the session."""
-        self._put(_callbacks=(), _component=None, _others=_NO_OTHERS)
+        self._put(_callbacks=(), _interface=None, _component=None, _others=_NO_OTHERS)
         self.__dict__.clear()
 
 
@@ -1134,10 +1140,9 @@ class MemoryStore:
 
     def save(self, session: Session) -> None:
         now, uid = self.clock(), session.uid
-        stored = self._sessions.get(uid) is session
-        if stored:
+        if session._state is _STORED:
             _set_modified(session, now)
-        elif session._state is not _NEW:
+        elif session._state is _ENDED:
             _log(30, uid, "has ended while a request used it: nothing is saved")
         elif not session._is_empty():
             _set_modified(session, now)
@@ -1150,7 +1155,7 @@ class MemoryStore:
         if self._waiting:
             self._wake()
         # Its entry in the heap may be early but not late, and not missing.  After it is let go: see _take.
-        if stored and not now + session.lifetime >= session._due:
+        if session._state is _STORED and not now + session.lifetime >= session._due:
             with self._lock:
                 self._schedule(session)
 
@@ -1168,7 +1173,8 @@ class MemoryStore:
             session._put(_state=_STORED)
             self._enter(session)
         _log(20, session.uid, "created")
-        self._end_all(evicted)
+        if evicted:
+            self._end_all(evicted)
 
     def _enter(self, session: Session) -> None:
         """Add it to the dict, its owner's sessions and the heap (under the lock)."""
@@ -1455,11 +1461,8 @@ _FIELDS = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "own
 _stored_fields = attrgetter(*_FIELDS)
 
 
-class StoredSession(Session):
-    """A session of a persistent store: each component is a blob, opened when it is first asked for.
-
-    Blobs go by their interface's name, or "." and an attribute's name.
-    """
+class _StoredFields(_Fields):
+    """The fields of a stored session."""
 
     __slots__ = ("_key", "_blobs", "_opened", "_meta")
 
@@ -1468,21 +1471,27 @@ class StoredSession(Session):
     _opened: set[str]  # the keys of those blobs that are objects by now, or were removed
     _meta: tuple[Any, ...]  # the fields as they are stored
 
+
+class StoredSession(_StoredFields, Session):
+    """A session of a persistent store: each component is a blob, opened when it is first asked for.
+
+    Blobs go by their interface's name, or "." and an attribute's name.
+    """
+
+    __slots__ = ()
+
     def __init__(
-        self, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
+        self: Any, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
     ) -> None:
-        created, modified, lifetime, max_lifetime, since, owner, callbacks = fields
-        super().__init__(store, uid, created, lifetime, max_lifetime)
-        put = object.__setattr__
-        put(self, "lastModified", modified)
-        put(self, "_since", since)
-        put(self, "owner", owner)
-        put(self, "_callbacks", callbacks)
-        put(self, "_state", state)
-        put(self, "_key", key)
-        put(self, "_blobs", blobs)
-        put(self, "_opened", set())
-        put(self, "_meta", fields)
+        # Strategy: while it is of the class without protection, setting its fields takes a fifth of the time.
+        object.__setattr__(self, "__class__", _StoredFields)
+        self.created, self.lastModified, self.lifetime, self.max_lifetime, self._since, self.owner, self._callbacks = (
+            fields
+        )
+        self.uid, self._key, self._blobs, self._opened, self._meta = uid, key, blobs, set(), fields
+        self._store, self._state, self._hold, self._due, self._by = store, state, None, 0.0, None
+        self._interface, self._component, self._others = None, None, _NO_OTHERS
+        self.__class__ = StoredSession
 
     # Reading
 
@@ -1784,8 +1793,7 @@ class PersistentStore:
 
     def _mac(self, mac: Any, key: str, body: bytes) -> bytes:
         mac = mac.copy()
-        mac.update(key.encode())
-        mac.update(body)
+        mac.update(key.encode() + body)
         digest: bytes = mac.digest()
         return digest
 
@@ -1800,10 +1808,12 @@ class PersistentStore:
         if not any(self._same(self._mac(mac, key, body), seal) for mac in self._macs):
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
-            *fields, blobs = _Reader(body).load()
+            fields = _Reader(body).load()
+            fields, blobs = fields[:-1], fields[-1]
             *numbers, owner, callbacks = fields
             well_formed = (
-                len(numbers) == 5
+                type(fields) is tuple
+                and len(numbers) == 5
                 and {float, int}.issuperset(map(type, numbers))
                 and (owner is None or type(owner) is str)
                 and all(type(k) is str and type(n) is str for k, n in callbacks)
@@ -1814,7 +1824,7 @@ class PersistentStore:
             raise SealError(f"the record can't be read: {error}") from error
         if not well_formed:
             raise SealError("the record has another form than this version writes")
-        return tuple(fields), blobs
+        return fields, blobs
 
     def _revive(self, key: str, uid: str, record: bytes) -> StoredSession | None:
         """The session in a record, or None for one that can't be trusted."""
@@ -1903,9 +1913,9 @@ class PersistentStore:
         """Write *stored* with *changes* and let go of the session, if it is there and still held."""
         changed = {**stored, **changes}.items()
         key, blobs, fields = session._key, {k: blob for k, blob in changed if blob is not None}, session._fields()
-        record = self._seal(key, fields, blobs)
-        done = self._ask(self.write, key, session._hold, record, session.expires, session.owner)
-        session._put(_hold=None)
+        record, token = self._seal(key, fields, blobs), session._hold
+        done = self._ask(self.write, key, token, record, session.expires, session.owner)
+        _set_hold(session, None)
         if done:
             session._put(_blobs=blobs, _meta=fields)
         elif self._ask(self.read, key) is None:
@@ -2041,11 +2051,10 @@ class _SQLStore(PersistentStore):
         self._read_sql = f"SELECT record FROM {table} WHERE key = ?"
         self._write_sql = (
             f"UPDATE {table} SET record = ?, expires = ?, {done} "
-            "WHERE key = ? AND holder = ? AND owner = ? AND due <= ? RETURNING 1"
+            "WHERE key = ? AND holder = ? AND owner = ? AND due <= ?"
         )
         self._rewrite_sql = (
-            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, due = ?, {done} "
-            "WHERE key = ? AND holder = ? RETURNING 1"
+            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, due = ?, {done} WHERE key = ? AND holder = ?"
         )
         self._free_sql = f"UPDATE {table} SET {done} WHERE key = ? AND holder = ?"
         self._delete_sql = f"DELETE FROM {table} WHERE key = ? RETURNING record"
@@ -2061,8 +2070,8 @@ class _SQLStore(PersistentStore):
         self._owned_sql = f"SELECT key FROM {table} WHERE owner = ? AND owner <> ''"
         self._count_sql = f"SELECT count(*) FROM {table}"
 
-    def _run(self, sql: str, *args: object) -> list[Any]:
-        """Run one statement in a transaction of its own; its rows."""
+    def _run(self, sql: str, *args: object) -> Any:
+        """Run one statement in a transaction of its own; its rows, or how many it changed if it has none."""
         raise NotImplementedError
 
     def insert(
@@ -2081,11 +2090,11 @@ class _SQLStore(PersistentStore):
         return rows[0][0] if rows else None
 
     def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
-        rows = self._run(self._write_sql, record, expires, key, token, owner or "", expires)
-        if not rows:
+        count = self._run(self._write_sql, record, expires, key, token, owner or "", expires)
+        if not count:
             # It changes hands, or ends earlier than thought; or it isn't ours any more.
-            rows = self._run(self._rewrite_sql, record, expires, owner or "", expires, key, token)
-        return bool(rows)
+            count = self._run(self._rewrite_sql, record, expires, owner or "", expires, key, token)
+        return bool(count)
 
     def free(self, key: str, token: str) -> None:
         self._run(self._free_sql, key, token)
@@ -2095,7 +2104,7 @@ class _SQLStore(PersistentStore):
         return rows[0][0] if rows else None
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        taken = self._run(self._due_sql, now, now, now, limit)
+        taken: list[tuple[str, bytes]] = self._run(self._due_sql, now, now, now, limit)
         self._run(self._defer_sql, now, now, now, now, limit)
         return taken
 
@@ -2159,7 +2168,7 @@ class SQLiteStore(_SQLStore):
         connection.execute("PRAGMA synchronous=NORMAL")
         return connection
 
-    def _run(self, sql: str, *args: object) -> list[Any]:
+    def _run(self, sql: str, *args: object) -> Any:
         if self._pid != os.getpid():
             # After a fork: SQLite forbids even closing the parent's connections here.
             self._inherited, self._idle, self._pid = self._idle, [], os.getpid()
@@ -2168,12 +2177,13 @@ class SQLiteStore(_SQLStore):
         except IndexError:
             connection = self._open_connection()
         try:
-            rows: list[Any] = connection.execute(sql, args).fetchall()
+            cursor = connection.execute(sql, args)
+            answer = cursor.fetchall() if cursor.description else cursor.rowcount
         except BaseException:
             connection.close()
             raise
         self._idle.append(connection)
-        return rows
+        return answer
 
     def close(self) -> None:
         """Close the connections; they open again when they are needed."""
@@ -2216,7 +2226,7 @@ class PostgresStore(_SQLStore):
             if name.endswith("_sql"):
                 setattr(self, name, value.replace("?", "%s"))
 
-    def _run(self, sql: str, *args: object) -> list[Any]:
+    def _run(self, sql: str, *args: object) -> Any:
         if not self._created:
             if self._execute("SELECT to_regclass(%s)", self.table)[0][0] is None:
                 # Processes that start at once may get in each other's way here.
@@ -2224,14 +2234,14 @@ class PostgresStore(_SQLStore):
             self._created = True
         return self._execute(sql, *args)
 
-    def _execute(self, sql: str, *args: object) -> list[Any]:
+    def _execute(self, sql: str, *args: object) -> Any:
         with self._connect() as connection:
             # One statement, one round trip: without this there would be a BEGIN and a COMMIT.
             before, connection.autocommit = connection.autocommit, True
             cursor = connection.cursor()
             try:
                 cursor.execute(sql, args or None)
-                return list(cursor.fetchall()) if cursor.description else []
+                return cursor.fetchall() if cursor.description else cursor.rowcount
             finally:
                 cursor.close()
                 if not connection.closed:
@@ -2489,20 +2499,18 @@ class _Exchange:
 
     # fmt: off
     __slots__ = (
-        "_middleware", "_start", "_status", "_headers", "_exc_info", "_sent",
-        "_session", "_secure", "_uid", "_hold", "_cookie", "_send", "_outer",
+        "_middleware", "_start", "_response", "_sent", "_send", "_outer",
+        "_session", "_secure", "_uid", "_hold", "_cookie",
     )
     # fmt: on
 
     _middleware: SessionMiddleware
     _start: Any  # the server's start_response
-    _status: str | None  # what the application gave to ours
-    _headers: list[tuple[str, str]]
-    _exc_info: Any
+    _response: Any  # what the application gave to ours: (status, headers, exc_info), or None
     _sent: bool  # did the headers leave?
-    _session: Any
-    _outer: _Exchange | None  # that of a middleware around this one, with another cookie
     _send: Any  # the server's write()
+    _outer: _Exchange | None  # that of a middleware around this one, with another cookie
+    _session: Any
     # These are set once there is a session:
     _secure: bool  # does the cookie need Secure?
     _uid: str | None  # the live session that the client has a cookie of
@@ -2511,46 +2519,54 @@ class _Exchange:
 
     # The session
 
-    def session(self, environ: dict[str, Any]) -> Any:
-        """The session of this request; the same until it ends."""
-        session = self._session
-        if session is None:
-            session = self._session = self._open(environ) or self._create()
-        elif session._state is _ENDED:
-            self.abort()
-            if session._by != get_ident():
-                self._uid = None  # others ended it, the client's cookie may be a new one by now
-            session = self._session = self._create()
-            session._put(_by=get_ident())  # so its cookie is for this client
-            self._hold = None
-        return session
-
-    def _open(self, environ: dict[str, Any]) -> Any:
-        """The live session that the request has a cookie of, or None."""
-        middleware = self._middleware
+    def open(self, environ: dict[str, Any]) -> Any:
+        """The live session that the request has a cookie of, or else a new one."""
+        middleware, session, hold = self._middleware, None, None
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         self._uid = self._hold = self._cookie = None
         header = environ.get("HTTP_COOKIE")
-        if header is None:
-            return None
-        hold = middleware.locking and not self._sent  # once they have left, nothing would let go of it
-        # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
-        # 0.15 us whatever the header's length, http.cookies 5 to 27.
-        uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
-        if uid in middleware._candidates:
-            session = middleware.store.open(uid, middleware.patience, hold)
-            if session is not None:
-                self._uid, self._hold = uid, session._hold if hold else None
-                return session
+        if header is not None:
+            hold = middleware.locking and not self._sent  # once they have left, nothing would let go of it
+            # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
+            # 0.15 us whatever the header's length, http.cookies 5 to 27.
+            uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
+            if uid in middleware._candidates:
+                session = middleware.store.open(uid, middleware.patience, hold)
+            if session is None:
+                session = self._open_another(header, uid, hold)
+        if session is None:
+            session = self._create()
+        else:
+            self._uid = session.uid
+            if hold:
+                self._hold = session._hold
+        self._session = session
+        return session
+
+    def _open_another(self, header: str, uid: str, hold: bool) -> Any:
+        """The session of another cookie with our name, if there is none with the id *uid*."""
+        middleware = self._middleware
+        name = middleware._names[self._secure]
         if _is_uid(uid):
             _log(20, uid, "isn't known (any more)")
-        for other in _all_cookies(header, middleware._names[secure], uid):
+            if header.count(name) == 1:
+                return None
+        for other in _all_cookies(header, name, uid):
             session = middleware.store.open(other, middleware.patience, hold)
             if session is not None:
-                self._uid, self._hold = other, session._hold if hold else None
                 return session
             _log(20, other, "isn't known (any more)")
         return None
+
+    def replace(self) -> Any:
+        """A new session, after the one of this request has ended."""
+        self.abort()
+        if self._session._by != get_ident():
+            self._uid = None  # others ended it, the client's cookie may be a new one by now
+        session = self._session = self._create()
+        session._put(_by=get_ident())  # so its cookie is for this client
+        self._hold = None
+        return session
 
     def _create(self) -> Any:
         if self._sent:
@@ -2565,25 +2581,28 @@ class _Exchange:
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         """PEP 3333's start_response, for the application."""
-        if self._status is None or exc_info is not None and not self._sent:
-            self._status, self._headers, self._exc_info = status, headers, exc_info
-            return self._write
+        if self._response is None or exc_info is not None and not self._sent:
+            self._response = status, headers, exc_info
+            return self
         if exc_info is None:
             raise AssertionError("start_response was called twice without exc_info (PEP 3333)")
         # A server that has the headers still may replace them, it raises exc_info otherwise.
         return self._start(status, headers if self._session is None else self._dress(headers), exc_info)
 
-    def _write(self, data: bytes) -> None:
+    def __call__(self, data: bytes) -> None:
+        """PEP 3333's write().  (Strategy: making a bound method for it takes longer than recording the response.)"""
         if not self._sent:
             self.commit()
         self._send(data)
 
     def commit(self) -> None:
         """Save the session, find out what cookie the client needs, and let the headers leave."""
-        if self._status is None:
+        if self._response is None:
             raise AssertionError("the application answered without calling start_response (PEP 3333)")
-        session, headers, middleware = self._session, self._headers, self._middleware
+        status, headers, exc_info = self._response
+        session = self._session
         if session is not None:
+            middleware = self._middleware
             # After session.release() somebody else may hold it.
             held = self._hold is not None and session._hold is self._hold
             if held or session._state is not _STORED or not middleware.locking or session._is_changed():
@@ -2595,12 +2614,12 @@ class _Exchange:
             if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
                 self._cookie = self._choose_cookie(session, held)
             headers = self._dress(headers)
-        self._sent = True
-        if self._exc_info is None:
-            self._send = self._start(self._status, headers)
+        self._sent, start = True, self._start
+        if exc_info is None:
+            self._send = start(status, headers)
         else:
-            exc_info, self._exc_info = self._exc_info, None
-            self._send = self._start(self._status, headers, exc_info)
+            self._response = status, headers, None  # a traceback refers to this frame
+            self._send = start(status, headers, exc_info)
 
     def _choose_cookie(self, session: Any, held: bool) -> str | None:
         """The Set-Cookie header for a session that is new, renewed or over, if it is for this client.
@@ -2758,8 +2777,9 @@ class SessionMiddleware:
         return f"{self._names[secure]}={self._attributes[secure]}{end}"
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        outer = environ.get(_KEY)
-        if outer is not None:
+        outer = None
+        if _KEY in environ:
+            outer = environ[_KEY]
             if outer._sent:  # of an earlier request with this environ, somebody tries again
                 outer = None
             same = outer
@@ -2771,12 +2791,13 @@ class SessionMiddleware:
             environ = environ.copy()  # so that there are two sessions, each where it belongs
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._start = self, start_response
-        exchange._status = exchange._exc_info = exchange._session = None
-        exchange._outer, exchange._sent = outer, False
+        exchange._middleware, exchange._start, exchange._outer = self, start_response, outer
+        exchange._response = exchange._session = None
+        exchange._sent = False
         result = None
         try:
-            result = self.app(environ, exchange.start_response)
+            app = self.app
+            result = app(environ, exchange.start_response)
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
                 if not exchange._sent:
                     exchange.commit()
@@ -2808,11 +2829,10 @@ def _session_of_environ(environ: dict[str, Any]) -> Any:
     exchange = environ.get(_KEY)
     if exchange is None:
         return None
-    # Strategy: the first lines of `exchange.session` again, for all calls of a request but its first.
     session = exchange._session
-    if session is None or session._state is _ENDED:
-        return exchange.session(environ)
-    return session
+    if session is None:
+        return exchange.open(environ)
+    return exchange.replace() if session._state is _ENDED else session
 
 
 def _session_of_request(request: object) -> Any:
