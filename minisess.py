@@ -2533,30 +2533,28 @@ class _Exchange:
             if uid in middleware._candidates:
                 session = middleware.store.open(uid, middleware.patience, hold)
             if session is None:
-                session = self._open_another(header, uid, hold)
-        if session is None:
-            session = self._create()
-        else:
-            self._uid = session.uid
-            if hold:
-                self._hold = session._hold
-        self._session = session
+                uid, session = self._open_another(header, uid, hold)
+            if session is not None:
+                self._uid = uid
+                if hold:
+                    self._hold = session._hold
+        self._session = session = session or self._create()
         return session
 
-    def _open_another(self, header: str, uid: str, hold: bool) -> Any:
-        """The session of another cookie with our name, if there is none with the id *uid*."""
+    def _open_another(self, header: str, uid: str, hold: bool) -> tuple[str, Any]:
+        """Another of our cookies and its session, if *uid*, which was tried first, has none."""
         middleware = self._middleware
         name = middleware._names[self._secure]
         if _is_uid(uid):
             _log(20, uid, "isn't known (any more)")
             if header.count(name) == 1:
-                return None
+                return uid, None
         for other in _all_cookies(header, name, uid):
             session = middleware.store.open(other, middleware.patience, hold)
             if session is not None:
-                return session
+                return other, session
             _log(20, other, "isn't known (any more)")
-        return None
+        return uid, None
 
     def replace(self) -> Any:
         """A new session, after the one of this request has ended."""

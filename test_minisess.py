@@ -4656,6 +4656,9 @@ JUNK_HEADERS = {
         "sid=; sid={foreign[0]}; sid=x; sid={foreign[1]}; sid={foreign[1]}; sid={foreign[2]}; sid={uid}",
         True,
     ),
+    "after a dead one, with blanks": ("sid={foreign[0]}; sid = {uid}", True),
+    "after a dead one, quoted": ('sid={foreign[0]};sid="{uid}"', True),
+    "before a dead one, quoted": ('sid="{uid}"; sid={foreign[0]}', True),
     "fifth": ("sid={foreign[0]}; sid={foreign[1]}; sid={foreign[2]}; sid={foreign[3]}; sid={uid}", False),
 }
 
@@ -5501,6 +5504,22 @@ def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_k
     (response,) = responses
     assert response.all("Set-Cookie") == []  # neither the new id, nor a deletion of what the login just set
     assert attacker.get().text == "None 1"
+
+
+def test_who_is_overtaken_by_a_renewal_while_the_store_answers_is_not_given_the_new_id():
+    class Overtaken(MemoryStore):
+        def open(self, uid, patience=10, hold=True):
+            session = super().open(uid, patience, hold)
+            thread = threading.Thread(target=session.renew)
+            thread.start()
+            thread.join()
+            return session
+
+    application = SessionMiddleware(guard_app, Overtaken(), locking=False, persistent=True)
+    browser = Browser(application)
+    browser.get("/login")
+    response = browser.get()
+    assert response.text == "alice 2" and response.all("Set-Cookie") == []
 
 
 def test_no_id_is_ever_logged_or_shown(caplog, tmp_path):
