@@ -2505,10 +2505,12 @@ class _Exchange:
     # fmt: on
 
     _middleware: SessionMiddleware
-    _start: Any  # the server's start_response
+    # The server's start_response and write(), until the response is over: a server that keeps the
+    # environ, as waitress does, would refer to itself through them, and wait for the garbage collector.
+    _start: Any
+    _send: Any
     _response: Any  # what the application gave to ours: (status, headers, exc_info), or None
     _sent: bool  # did the headers leave?
-    _send: Any  # the server's write()
     _outer: _Exchange | None  # that of a middleware around this one, with another cookie
     _session: Any
     # These are set once there is a session:
@@ -2670,6 +2672,7 @@ class _Exchange:
         if not sent:
             self.abort()
         self._session, self._sent = None, True  # from here on it is too late for a new session
+        self._start = self._send = None
         if sent and session is not None and session._state is _STORED and session._is_changed():
             self._middleware.store.save(session)
 
@@ -2799,6 +2802,7 @@ class SessionMiddleware:
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
                 if not exchange._sent:
                     exchange.commit()
+                exchange._start = exchange._send = None
                 return result
             return _Body(exchange, result)
         except BaseException:

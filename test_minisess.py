@@ -5103,6 +5103,71 @@ def test_a_list_without_start_response_is_reported_and_frees_the_session():
     assert freed(application, cookie) == "3"
 
 
+class Task:
+    """Does a request as waitress does: keeps the environ for as long as the request takes."""
+
+    def run(self, application):
+        def start_response(status, headers, exc_info=None):
+            try:
+                self.status = status
+            finally:
+                del exc_info
+            return self.write
+
+        self.environ = {}
+        setup_testing_defaults(self.environ)
+        result = application(self.environ, start_response)
+        try:
+            return b"".join(result)
+        finally:
+            if hasattr(result, "close"):
+                result.close()
+
+    def write(self, data):
+        pass
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("how", ["a list", "write()", "a generator", "a generator with exc_info", "an exception", "mid-body"])
+def test_no_request_is_left_to_the_garbage_collector(how, touched):
+    def pieces(start_response):
+        start_response("200 OK", text_headers())
+        yield b"one"
+        if how == "mid-body":
+            raise LookupError
+        yield b"two"
+
+    def app(environ, start_response):
+        if touched:
+            count(environ)
+        if how == "an exception":
+            raise LookupError
+        if how == "a generator with exc_info":
+            try:
+                raise LookupError
+            except LookupError:
+                start_response("500 Oops", text_headers(), sys.exc_info())
+            return iter([b"x"])
+        if how in ("a generator", "mid-body"):
+            return pieces(start_response)
+        write = start_response("200 OK", text_headers())
+        if how == "write()":
+            write(b"one")
+        return [b"two"]
+
+    application, task = SessionMiddleware(app), Task()
+    alive = weakref.ref(task)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            task.run(application)
+        del task
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("sent", [False, True])
 def test_start_response_twice_without_exc_info_is_an_error(sent):
     def body(environ, start_response):
