@@ -2930,7 +2930,7 @@ class TestMemoryStore:
         assert left == 0
         assert len(Witness.saw) == 5000
 
-    def test_20000_visits_that_only_look_leave_nothing(self):
+    def test_100000_visits_that_only_look_leave_nothing(self):
         def application(environ, start_response):
             session = ISession(environ)
             getattr(session, "foo", None)
@@ -2940,12 +2940,12 @@ class TestMemoryStore:
 
         store, headers = MemoryStore(), []
         wrapped = SessionMiddleware(application, store)
-        for _ in range(20_000):
+        for _ in range(100_000):
             wrapped({"wsgi.url_scheme": "http"}, lambda status, h: headers.extend(h))
         assert len(store) == 0
         assert {name for name, _ in headers} == {"Content-Type", "Vary"}
 
-    def test_a_session_with_a_counter_takes_less_than_800_bytes(self):
+    def test_a_session_with_a_counter_takes_less_than_700_bytes(self):
         store, count = MemoryStore(), 20_000
 
         def fill():
@@ -2961,7 +2961,7 @@ class TestMemoryStore:
             used = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
-        assert used / count < 800
+        assert used / count < 700, used / count
 
     @pytest.mark.parametrize("limit", [1000, float("inf")])
     def test_its_heap_doesnt_grow_with_use(self, store, limit):
