@@ -955,7 +955,8 @@ class Session(_Fields):
 
     def _clear(self) -> None:
         """Break the cycles through components that refer to the session."""
-        self._put(_callbacks=(), _interface=None, _component=None, _others=_NO_OTHERS)
+        with _lock:
+            self._put(_callbacks=(), _interface=None, _component=None, _others=_NO_OTHERS)
         self.__dict__.clear()
 
 
@@ -2602,7 +2603,8 @@ class _Exchange:
         status, headers, exc_info = self._response
         session = self._session
         if session is not None:
-            middleware = self._middleware
+            # Its uid before it is saved: then a login may come in, whose new uid isn't for this client.
+            middleware, uid = self._middleware, session.uid
             # After session.release() somebody else may hold it.
             held = self._hold is not None and session._hold is self._hold
             if held or session._state is not _STORED or not middleware.locking or session._is_changed():
@@ -2611,8 +2613,8 @@ class _Exchange:
                 # Nothing is saved of a session that ended, and in another thread save() doesn't let go.
                 if held and (session._state is _ENDED or self._hold != get_ident()):
                     middleware.store.release(session)
-            if session.uid != self._uid or session._state is not _STORED or middleware.persistent:
-                self._cookie = self._choose_cookie(session, held)
+            if uid != self._uid or session._state is not _STORED or middleware.persistent:
+                self._cookie = self._choose_cookie(session, uid, held)
             headers = self._dress(headers)
         self._sent, start = True, self._start
         if exc_info is None:
@@ -2621,7 +2623,7 @@ class _Exchange:
             self._response = status, headers, None  # a traceback refers to this frame
             self._send = start(status, headers, exc_info)
 
-    def _choose_cookie(self, session: Any, held: bool) -> str | None:
+    def _choose_cookie(self, session: Any, uid: str, held: bool) -> str | None:
         """The Set-Cookie header for a session that is new, renewed or over, if it is for this client.
 
         Who renewed or ended a session matters: a request that still came with the old id (that
@@ -2629,8 +2631,8 @@ class _Exchange:
         """
         middleware, mine = self._middleware, session._by == get_ident()
         if session._state is _STORED:
-            if held or mine or self._uid in (None, session.uid):
-                return middleware._set_cookie(self._secure, session)
+            if held or mine or self._uid in (None, uid):
+                return middleware._set_cookie(self._secure, uid, session.expires)
         elif self._uid is not None and (mine or session._state is _NEW):
             return middleware._delete_cookie(self._secure)
         return None
@@ -2766,12 +2768,12 @@ class SessionMiddleware:
         attributes = f"; Path={path}" + (f"; Domain={domain}" if domain else "") + f"; HttpOnly; SameSite={samesite}"
         self._attributes = (attributes, attributes + "; Secure")
 
-    def _set_cookie(self, secure: bool, session: Session) -> str:
+    def _set_cookie(self, secure: bool, uid: str, expires: float) -> str:
         age = ""
         if self.persistent:
             # Browsers keep a cookie for 400 days at most.
-            age = f"; Max-Age={int(min(session.expires - self.store.clock(), 34560000))}"
-        return f"{self._names[secure]}={session.uid}{self._attributes[secure]}{age}"
+            age = f"; Max-Age={int(min(expires - self.store.clock(), 34560000))}"
+        return f"{self._names[secure]}={uid}{self._attributes[secure]}{age}"
 
     def _delete_cookie(self, secure: bool) -> str:
         end = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
@@ -2781,7 +2783,7 @@ class SessionMiddleware:
         outer = None
         if _KEY in environ:
             outer = environ[_KEY]
-            if outer._sent:  # of an earlier request with this environ, somebody tries again
+            if outer is None or outer._sent:  # of an earlier request with this environ, somebody tries again
                 outer = None
             same = outer
             while same is not None and same._middleware.cookie != self.cookie:

@@ -5571,6 +5571,28 @@ def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_k
     assert attacker.get().text == "None 1"
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_client_alone(persistent):
+    class Overtaken(MemoryStore):
+        def save(self, session):
+            super().save(session)
+            if threading.current_thread() is threading.main_thread() and waiting:
+                login = threading.Thread(target=lambda: logged_in.append(waiting.pop().get("/login")))
+                login.start()
+                login.join()
+
+    waiting, logged_in = [], []
+    application = SessionMiddleware(guard_app, Overtaken(), persistent=persistent)
+    attacker, victim = Browser(application), Browser(application)
+    attacker.get()
+    victim.cookies.update(attacker.cookies)
+    waiting.append(victim)
+    response = attacker.get()
+    assert logged_in[0].text.startswith("alice ")
+    assert victim.cookies["sid"] not in str(response.headers)
+    assert attacker.get().text == "None 1" and victim.get().text.startswith("alice ")
+
+
 def test_who_is_overtaken_by_a_renewal_while_the_store_answers_is_not_given_the_new_id():
     class Overtaken(MemoryStore):
         def open(self, uid, patience=10, hold=True):
