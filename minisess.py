@@ -1381,9 +1381,9 @@ class _Writer(pickle.Pickler):
     a reference, or an attribute); *refs* has the keys of the session and its components by id().
     """
 
-    def __init__(self, file: io.BytesIO, name: str, root: object, refs: dict[int, str]) -> None:
-        super().__init__(file, 5)
-        self.name, self.root, self.refs = name, root, refs
+    name: str
+    root: object
+    refs: dict[int, str]
 
     def class_name(self, cls: Any) -> str:
         name = _name(cls)
@@ -1461,6 +1461,9 @@ class _Reader(pickle.Unpickler):
 _FIELDS = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner", "_callbacks")
 _stored_fields = attrgetter(*_FIELDS)
 
+# What types they have in a well-formed record.
+_NUMBERS, _STR, _BYTES = frozenset([float, int]), frozenset([str]), frozenset([bytes])
+
 
 class _StoredFields(_Fields):
     """The fields of a stored session."""
@@ -1499,22 +1502,21 @@ class StoredSession(_StoredFields, Session):
     def __setstate__(self, state: object) -> None:
         raise SealError("a record can't set the state of the session itself")
 
-    def _load(self, key: str) -> Any:
+    def _load(self, key: str, interface: Any = None) -> Any:
         """Open the blob under *key*; SealError (or what its class raises) if that can't be."""
-        interface = _interfaces.get(key)
+        interface = interface or _interfaces.get(key)
         if interface is None and not key.startswith("."):
             raise SealError(f"no interface {key} in this process: import its module")
-
-        def keep(component: Any) -> None:
-            if interface is not None:
-                self._keep(interface, component)
+        root = None
 
         # These are made anew for each blob: all that a forged record can do to them dies with it.
         def make(name: str, flags: int, *args: object) -> Any:
             cls = _storable_class(name)
             made = cls(*args) if flags & _CALL else cls.__new__(cls, *args)
-            if flags & _ROOT:
-                keep(made)
+            if flags & _ROOT and interface is not None:
+                nonlocal root
+                root = made
+                self._keep(interface, made)
             return made
 
         def ref(other: str) -> Any:
@@ -1538,7 +1540,8 @@ class StoredSession(_StoredFields, Session):
                     self._drop(kept)
             self._put(_opened=before)
             raise
-        keep(component)
+        if interface is not None and component is not root:
+            self._keep(interface, component)
         return component
 
     def getComponent(self, interface: Any, default: Any = None) -> Any:
@@ -1546,7 +1549,7 @@ class StoredSession(_StoredFields, Session):
         if key not in self._blobs or key in self._opened or _interfaces.get(key) is not interface:
             return super().getComponent(interface, default)
         try:
-            return self._load(key)
+            return self._load(key, interface)
         except Exception as error:
             raise StoreError(
                 f"the component kept for {key} can't be opened ({error}); it stays as it is, "
@@ -1646,7 +1649,8 @@ class StoredSession(_StoredFields, Session):
         name = f"the attribute {key[1:]}" if attribute else f"the component {key}"
         # A component that is kept for another interface, too, becomes a reference to that.
         root = None if attribute or refs.get(id(item), key) != key else item
-        pickler = writer(file, name, root, refs)
+        pickler = writer(file, 5)
+        pickler.name, pickler.root, pickler.refs = name, root, refs
         try:
             pickler.dump(_Root(item) if root is not None and type(item) in (list, dict, set) else item)
         except NotStorable:
@@ -1657,9 +1661,11 @@ class StoredSession(_StoredFields, Session):
 
     def _changes(self) -> dict[str, bytes | None]:
         """What this request did: new blobs by key, None for those that are gone."""
-        current = self._dump()
-        changes: dict[str, bytes | None] = {k: None for k in self._opened if k in self._blobs and k not in current}
-        changes.update((key, blob) for key, blob in current.items() if self._blobs.get(key) != blob)
+        stored, current = self._blobs, self._dump()
+        changes: dict[str, bytes | None] = {k: None for k in self._opened if k in stored and k not in current}
+        for key, blob in current.items():
+            if stored.get(key) != blob:
+                changes[key] = blob
         return changes
 
     def _real_changes(self) -> dict[str, bytes | None]:
@@ -1809,23 +1815,20 @@ class PersistentStore:
         if not any(self._same(self._mac(mac, key, body), seal) for mac in self._macs):
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
-            fields = _Reader(body).load()
-            fields, blobs = fields[:-1], fields[-1]
-            *numbers, owner, callbacks = fields
+            *numbers, owner, callbacks, blobs = values = _Reader(body).load()
             well_formed = (
-                type(fields) is tuple
-                and len(numbers) == 5
-                and {float, int}.issuperset(map(type, numbers))
+                len(numbers) == 5
+                and _NUMBERS.issuperset(map(type, numbers))
                 and (owner is None or type(owner) is str)
-                and all(type(k) is str and type(n) is str for k, n in callbacks)
-                and {str}.issuperset(map(type, blobs))
-                and {bytes}.issuperset(map(type, blobs.values()))
+                and (callbacks == () or all(type(k) is str and type(n) is str for k, n in callbacks))
+                and _STR.issuperset(map(type, blobs))
+                and _BYTES.issuperset(map(type, blobs.values()))
             )
         except Exception as error:
             raise SealError(f"the record can't be read: {error}") from error
         if not well_formed:
             raise SealError("the record has another form than this version writes")
-        return fields, blobs
+        return tuple(values[:-1]), blobs
 
     def _revive(self, key: str, uid: str, record: bytes) -> StoredSession | None:
         """The session in a record, or None for one that can't be trusted."""
@@ -1918,7 +1921,8 @@ class PersistentStore:
         done = self._ask(self.write, key, token, record, session.expires, session.owner)
         _set_hold(session, None)
         if done:
-            session._put(_blobs=blobs, _meta=fields)
+            object.__setattr__(session, "_blobs", blobs)
+            object.__setattr__(session, "_meta", fields)
         elif self._ask(self.read, key) is None:
             session._put(_state=_ENDED)
             _log(30, session.uid, "was ended by another request: nothing is saved")
@@ -2491,6 +2495,11 @@ def _with_directive(
     return [*others, (name, ", ".join([*filter(None, values), directive]))]
 
 
+def _over(*args: object) -> Any:
+    """Stands for the server's start_response and write() when the response is over."""
+    raise AssertionError("the response is over, nothing more can be sent (PEP 3333)")
+
+
 class _Exchange:
     """One request and its response: opens the session when it is first asked for, saves it before the headers leave.
 
@@ -2674,7 +2683,7 @@ class _Exchange:
         if not sent:
             self.abort()
         self._session, self._sent = None, True  # from here on it is too late for a new session
-        self._start = self._send = None
+        self._start = self._send = _over
         if sent and session is not None and session._state is _STORED and session._is_changed():
             self._middleware.store.save(session)
 
@@ -2804,7 +2813,7 @@ class SessionMiddleware:
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
                 if not exchange._sent:
                     exchange.commit()
-                exchange._start = exchange._send = None
+                exchange._start = exchange._send = _over
                 return result
             return _Body(exchange, result)
         except BaseException:

@@ -5128,7 +5128,9 @@ class Task:
 
 
 @pytest.mark.parametrize("touched", [False, True])
-@pytest.mark.parametrize("how", ["a list", "write()", "a generator", "a generator with exc_info", "an exception", "mid-body"])
+@pytest.mark.parametrize(
+    "how", ["a list", "write()", "a generator", "a generator with exc_info", "an exception", "mid-body"]
+)
 def test_no_request_is_left_to_the_garbage_collector(how, touched):
     def pieces(start_response):
         start_response("200 OK", text_headers())
@@ -5166,6 +5168,22 @@ def test_no_request_is_left_to_the_garbage_collector(how, touched):
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("body", [list, iter])
+def test_to_send_more_when_the_response_is_over_is_an_error(body):
+    def app(environ, start_response):
+        late.extend((start_response, start_response("200 OK", text_headers())))
+        return body([b"x"])
+
+    late = []
+    response = Browser(SessionMiddleware(app)).get()
+    start_response, write = late
+    assert response.text == "x"
+    with pytest.raises(AssertionError, match="the response is over"):
+        write(b"y")
+    with pytest.raises(AssertionError, match="the response is over"):
+        start_response("500 Oops", text_headers(), (LookupError, LookupError(), None))
 
 
 @pytest.mark.parametrize("sent", [False, True])
