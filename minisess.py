@@ -628,8 +628,10 @@ class Componentized:
         _require_interfaces([interface])
         if component is None:
             raise TypeError(f"None means that there is no component: use unsetComponent({interface.__name__})")
+        before = self._kept()  # what is replaced is destroyed when no lock is held: its __del__ may do anything
         with _lock:
             self._keep(interface, component)
+        del before
 
     if TYPE_CHECKING:
 
@@ -668,8 +670,10 @@ class Componentized:
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*; KeyError if there is none."""
+        before = self._kept()  # as in setComponent
         with _lock:
             self._drop(interface)
+        del before
 
     def removeComponent(self, component: object) -> list[type]:
         """Forget *component* under all its interfaces, and answer these."""
@@ -955,8 +959,11 @@ class Session(_Fields):
 
     def _clear(self) -> None:
         """Break the cycles through components that refer to the session."""
+        before = self._kept()  # as in setComponent
         with _lock:
-            self._put(_callbacks=(), _interface=None, _component=None, _others=_NO_OTHERS)
+            self._put(_interface=None, _component=None, _others=_NO_OTHERS)
+        del before
+        self._put(_callbacks=())
         self.__dict__.clear()
 
 

@@ -2930,6 +2930,34 @@ class TestMemoryStore:
         assert left == 0
         assert len(Witness.saw) == 5000
 
+    @pytest.mark.parametrize("how", ["replaced", "unset", "removed", "ended", "cleared"])
+    def test_a_component_is_destroyed_when_no_lock_is_held(self, store, how):
+        class Witnessed:
+            def __del__(self):
+                def work():
+                    Componentized().setComponent(IDiary, object())
+                    new_session(store, 10, 10, foo=1)
+                    done.append(how)
+
+                thread = threading.Thread(target=work, daemon=True)
+                thread.start()
+                thread.join(5)
+
+        done = []
+        session = new_session(store, 10, 10, foo=1)
+        session.setComponent(IDiary, Witnessed())
+        if how == "replaced":
+            session.setComponent(IDiary, object())
+        elif how == "unset":
+            session.unsetComponent(IDiary)
+        elif how == "removed":
+            session.removeComponent(session.getComponent(IDiary))
+        elif how == "ended":
+            session.expire()
+        else:
+            session._clear()
+        assert done == [how]
+
     def test_100000_visits_that_only_look_leave_nothing(self):
         def application(environ, start_response):
             session = ISession(environ)
