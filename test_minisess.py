@@ -2930,6 +2930,15 @@ class TestMemoryStore:
         assert left == 0
         assert len(Witness.saw) == 5000
 
+    def test_a_save_while_the_callbacks_of_others_run_is_logged(self, store, caplog):
+        sessions = [new_session(store, owner="alice", foo=1) for _ in range(3)]
+        for session in sessions:
+            session.notifyOnExpire(lambda: [store.save(other) for other in sessions])
+        caplog.clear()
+        assert store.expireAll("alice") == 3
+        assert sum("nothing is saved" in record.getMessage() for record in caplog.records) == 9
+        assert len(store) == 0
+
     @pytest.mark.parametrize("how", ["replaced", "unset", "removed", "ended", "cleared"])
     def test_a_component_is_destroyed_when_no_lock_is_held(self, store, how):
         class Witnessed:
@@ -5134,58 +5143,72 @@ def test_a_list_without_start_response_is_reported_and_frees_the_session():
 class Task:
     """Does a request as waitress does: keeps the environ for as long as the request takes."""
 
+    def __init__(self, reads=True, sent=False):
+        self.reads, self.sent = reads, sent
+
     def run(self, application):
         def start_response(status, headers, exc_info=None):
             try:
-                self.status = status
+                if exc_info and self.sent:
+                    raise exc_info[1].with_traceback(exc_info[2])
             finally:
-                del exc_info
+                exc_info = None
             return self.write
 
         self.environ = {}
         setup_testing_defaults(self.environ)
         result = application(self.environ, start_response)
         try:
-            return b"".join(result)
+            for _ in result if self.reads else ():
+                self.sent = True
         finally:
             if hasattr(result, "close"):
                 result.close()
 
     def write(self, data):
-        pass
+        self.sent = True
+
+
+ENDS = ["a list", "write()", "a generator", "an exception", "mid-body"]
+ENDS += ["exc_info", "exc_info, then an exception", "exc_info, nobody reads", "exc_info mid-body", "exc_info, refused"]
 
 
 @pytest.mark.parametrize("touched", [False, True])
-@pytest.mark.parametrize(
-    "how", ["a list", "write()", "a generator", "a generator with exc_info", "an exception", "mid-body"]
-)
+@pytest.mark.parametrize("how", ENDS)
 def test_no_request_is_left_to_the_garbage_collector(how, touched):
     def pieces(start_response):
         start_response("200 OK", text_headers())
         yield b"one"
         if how == "mid-body":
             raise LookupError
+        if how == "exc_info mid-body":
+            failing(start_response)
         yield b"two"
+
+    def failing(start_response):
+        try:
+            raise LookupError
+        except LookupError:
+            start_response("500 Oops", text_headers(), sys.exc_info())
 
     def app(environ, start_response):
         if touched:
             count(environ)
         if how == "an exception":
             raise LookupError
-        if how == "a generator with exc_info":
-            try:
-                raise LookupError
-            except LookupError:
-                start_response("500 Oops", text_headers(), sys.exc_info())
-            return iter([b"x"])
-        if how in ("a generator", "mid-body"):
+        if how in ("a generator", "mid-body", "exc_info mid-body"):
             return pieces(start_response)
+        if how.startswith("exc_info"):
+            failing(start_response)
+            if how.endswith("exception"):
+                raise LookupError
+            return iter([b"x"])
         write = start_response("200 OK", text_headers())
         if how == "write()":
             write(b"one")
         return [b"two"]
 
-    application, task = SessionMiddleware(app), Task()
+    application, task = SessionMiddleware(app), Task(how != "exc_info, nobody reads", how == "exc_info, refused")
     alive = weakref.ref(task)
     gc.collect()
     gc.disable()
@@ -5210,8 +5233,10 @@ def test_to_send_more_when_the_response_is_over_is_an_error(body):
     assert response.text == "x"
     with pytest.raises(AssertionError, match="the response is over"):
         write(b"y")
-    with pytest.raises(AssertionError, match="the response is over"):
-        start_response("500 Oops", text_headers(), (LookupError, LookupError(), None))
+    with pytest.raises(AssertionError, match="twice"):
+        start_response("200 OK", text_headers())
+    with pytest.raises(LookupError, match="too late"):
+        start_response("500 Oops", text_headers(), (LookupError, LookupError("too late"), None))
 
 
 @pytest.mark.parametrize("sent", [False, True])
@@ -5615,6 +5640,36 @@ def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_k
     (response,) = responses
     assert response.all("Set-Cookie") == []  # neither the new id, nor a deletion of what the login just set
     assert attacker.get().text == "None 1"
+
+
+def test_a_login_after_release_is_for_its_own_client_alone(store_of_kind):
+    released, logged_in = threading.Event(), threading.Event()
+
+    def app(environ, start_response):
+        if environ["PATH_INFO"] in ("/attack", "/login"):
+            session = ISession(environ)
+            session.release()
+            if environ["PATH_INFO"] == "/attack":
+                released.set()
+                assert logged_in.wait(10)
+            else:
+                attack.start()
+                assert released.wait(10)
+                session.login("alice")
+            return plain(start_response)
+        return guard_app(environ, start_response)
+
+    application = SessionMiddleware(app, store_of_kind)
+    attacker, victim = Browser(application), Browser(application)
+    attacker.get()
+    victim.cookies.update(attacker.cookies)
+    responses = []
+    attack = threading.Thread(target=lambda: responses.append(attacker.get("/attack")))
+    victim.get("/login")
+    logged_in.set()
+    attack.join(10)
+    assert responses[0].all("Set-Cookie") == []
+    assert attacker.get().text == "None 1" and victim.get().text.startswith("alice ")
 
 
 @pytest.mark.parametrize("persistent", [False, True])
