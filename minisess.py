@@ -790,8 +790,8 @@ class ISession(Interface):
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
-class _Fields(Componentized):
-    """The fields of a session.  Here anybody may set them."""
+class _Unguarded(Componentized):
+    """The fields of a session, without the guard that keeps anybody from setting them."""
 
     # fmt: off
     __slots__ = (
@@ -817,7 +817,7 @@ class _Fields(Componentized):
 
 
 @implementer(ISession)
-class Session(_Fields):
+class Session(_Unguarded):
     """One visitor's components and attributes, until it ends.
 
     Stores make sessions, requests get theirs by ``ISession(environ)``.
@@ -833,6 +833,7 @@ class Session(_Fields):
     __slots__ = ()
 
     def __init__(self, store: Any, uid: str, now: float, lifetime: float, max_lifetime: float) -> None:
+        # To be unguarded meanwhile, as StoredSession is, leaves a dict behind (64 bytes each on Python 3.11).
         put = object.__setattr__
         put(self, "uid", uid)
         put(self, "created", now)
@@ -1471,14 +1472,11 @@ class _Reader(pickle.Unpickler):
 
 # The fields of a session that are stored, in this order.
 _FIELDS = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner", "_callbacks")
-_stored_fields = attrgetter(*_FIELDS)
-
-# What types they have in a well-formed record.
-_NUMBERS, _STR, _BYTES = frozenset([float, int]), frozenset([str]), frozenset([bytes])
+_get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
 
 
-class _StoredFields(_Fields):
-    """The fields of a stored session."""
+class _UnguardedStored(_Unguarded):
+    """The fields of a stored session, without the guard."""
 
     __slots__ = ("_key", "_blobs", "_opened", "_meta")
 
@@ -1488,7 +1486,7 @@ class _StoredFields(_Fields):
     _meta: tuple[Any, ...]  # the fields as they are stored
 
 
-class StoredSession(_StoredFields, Session):
+class StoredSession(_UnguardedStored, Session):
     """A session of a persistent store: each component is a blob, opened when it is first asked for.
 
     Blobs go by their interface's name, or "." and an attribute's name.
@@ -1499,8 +1497,8 @@ class StoredSession(_StoredFields, Session):
     def __init__(
         self: Any, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
     ) -> None:
-        # Strategy: while it is of the class without protection, setting its fields takes a fifth of the time.
-        object.__setattr__(self, "__class__", _StoredFields)
+        # Strategy: while it is unguarded, setting its fields takes a fifth of the time.
+        object.__setattr__(self, "__class__", _UnguardedStored)
         self.created, self.lastModified, self.lifetime, self.max_lifetime, self._since, self.owner, self._callbacks = (
             fields
         )
@@ -1519,16 +1517,13 @@ class StoredSession(_StoredFields, Session):
         interface = interface or _interfaces.get(key)
         if interface is None and not key.startswith("."):
             raise SealError(f"no interface {key} in this process: import its module")
-        root = None
 
         # These are made anew for each blob: all that a forged record can do to them dies with it.
         def make(name: str, flags: int, *args: object) -> Any:
             cls = _storable_class(name)
             made = cls(*args) if flags & _CALL else cls.__new__(cls, *args)
             if flags & _ROOT and interface is not None:
-                nonlocal root
-                root = made
-                self._keep(interface, made)
+                self._keep(interface, made)  # now: what it contains may refer to it
             return made
 
         def ref(other: str) -> Any:
@@ -1552,7 +1547,7 @@ class StoredSession(_StoredFields, Session):
                     self._drop(kept)
             self._put(_opened=before)
             raise
-        if interface is not None and component is not root:
+        if interface is not None:
             self._keep(interface, component)
         return component
 
@@ -1705,8 +1700,7 @@ class StoredSession(_StoredFields, Session):
         return (fields[0], *fields[2:]) != (stored[0], *stored[2:]) or bool(self._changes())
 
     def _fields(self) -> tuple[Any, ...]:
-        fields: tuple[Any, ...] = _stored_fields(self)
-        return fields
+        return _get_fields(self)
 
     def _set_fields(self, fields: tuple[Any, ...]) -> None:
         self._put(_meta=fields, **dict(zip(_FIELDS, fields, strict=True)))
@@ -1830,11 +1824,11 @@ class PersistentStore:
             *numbers, owner, callbacks, blobs = values = _Reader(body).load()
             well_formed = (
                 len(numbers) == 5
-                and _NUMBERS.issuperset(map(type, numbers))
+                and {float, int}.issuperset(map(type, numbers))
                 and (owner is None or type(owner) is str)
-                and (callbacks == () or all(type(k) is str and type(n) is str for k, n in callbacks))
-                and _STR.issuperset(map(type, blobs))
-                and _BYTES.issuperset(map(type, blobs.values()))
+                and all(type(k) is str and type(n) is str for k, n in callbacks)
+                and {str}.issuperset(map(type, blobs))
+                and {bytes}.issuperset(map(type, blobs.values()))
             )
         except Exception as error:
             raise SealError(f"the record can't be read: {error}") from error
@@ -1863,14 +1857,14 @@ class PersistentStore:
             name = f"{type(self).__name__}.{operation.__name__}"
             raise StoreError(f"{name} failed: {type(error).__name__}: {error}") from error
 
-    def _acquire(self, key: str, token: str, patience: float) -> bytes | None:
-        """Hold the record, waiting for others who do."""
+    def _acquire(self, key: str, token: str, patience: float) -> Any:
+        """Hold the record and answer it, waiting for others who hold it; None if there is none."""
         end, pause = time.monotonic() + patience, 0.0005
         while True:
             now = self.clock()
             record = self._ask(self.hold, key, token, now, now + self.lease)
             if record is not HELD:
-                return None if record is None else bytes(record)
+                return record
             if time.monotonic() >= end:
                 raise SessionBusy(patience)
             # Longer and longer, and never in step with the others who wait.
@@ -1929,12 +1923,11 @@ class PersistentStore:
         """Write *stored* with *changes* and let go of the session, if it is there and still held."""
         changed = {**stored, **changes}.items()
         key, blobs, fields = session._key, {k: blob for k, blob in changed if blob is not None}, session._fields()
-        record, token = self._seal(key, fields, blobs), session._hold
-        done = self._ask(self.write, key, token, record, session.expires, session.owner)
+        record = self._seal(key, fields, blobs)
+        done = self._ask(self.write, key, session._hold, record, session.expires, session.owner)
         _set_hold(session, None)
         if done:
-            object.__setattr__(session, "_blobs", blobs)
-            object.__setattr__(session, "_meta", fields)
+            session._put(_blobs=blobs, _meta=fields)
         elif self._ask(self.read, key) is None:
             session._put(_state=_ENDED)
             _log(30, session.uid, "was ended by another request: nothing is saved")
@@ -2573,7 +2566,7 @@ class _Exchange:
         name = middleware._names[self._secure]
         if _is_uid(uid):
             _log(20, uid, "isn't known (any more)")
-            if header.count(name) == 1:
+            if header.count(name) == 1:  # that was it
                 return uid, None
         for other in _all_cookies(header, name, uid):
             session = middleware.store.open(other, middleware.patience, hold)
@@ -2669,7 +2662,7 @@ class _Exchange:
     def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The application's headers and ours, in a list of our own (theirs may be a constant)."""
         cookie = self._cookie
-        # Strategy: most responses have neither header, which their lengths tell for half the price.
+        # Strategy: most responses have neither Vary nor Cache-Control, which lengths tell for half the price.
         for name, _ in headers:
             if len(name) == 4 or len(name) == 13:
                 headers = _with_directive(headers, "Vary", "Cookie", ("*", "cookie"))
