@@ -2097,6 +2097,18 @@ class StoreContract:
         with visit(store, session.uid) as again:
             assert vars(again) == {"foo": 1, "one": 1, "two": 2}
 
+    def test_callbacks_that_two_requests_without_hold_add_all_run_once(self, store):
+        session = new_session(store, witness="gone")
+        with visit(store, session.uid) as first:
+            first.setComponent(IDiary, Witness("diary"))
+        one, two = store.open(session.uid, hold=False), store.open(session.uid, hold=False)
+        one.notifyOnExpire(IWitness(one).ended_too)
+        two.notifyOnExpire(IDiary(two).ended)
+        store.save(one)
+        store.save(two)
+        store.open(session.uid).expire()
+        assert sorted(Witness.saw) == ["diary", "gone", "gone too"]
+
     @pytest.mark.parametrize(
         "end",
         [lambda s: s.renew(), lambda s: s.login("ann"), lambda s: s.expire()],
@@ -5413,6 +5425,12 @@ def test_nested_middlewares_with_one_cookie_and_two_stores_are_refused():
     application = SessionMiddleware(SessionMiddleware(counter_app, MemoryStore()), MemoryStore())
     with pytest.raises(SessionError, match="different stores.*cookie="):
         Gateway(application).run()
+
+
+def test_an_empty_place_in_the_environ_is_no_session_of_an_outer_middleware():
+    browser = Browser(lambda environ, start_response: counted({**environ, "minisess.session": None}, start_response))
+    counted = wrap(guard_app)
+    assert [browser.get().text, browser.get().text] == ["None 1", "None 2"]
 
 
 def test_a_second_try_with_the_same_environ_is_a_request_of_its_own():
