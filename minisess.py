@@ -1,8 +1,17 @@
 """Server-side sessions that hold typed components, for any WSGI application: one file, no dependencies.
 
-You *adapt* a request to its session, and a session to what you want of it::
+You *adapt* a request to its session, and keep on it what you like::
 
-    from minisess import Interface, ISession, Session, SessionMiddleware, implementer, registerAdapter
+    from minisess import ISession, SessionMiddleware
+
+    def app(environ, start_response):
+        session = ISession(environ)
+        session.hits = getattr(session, "hits", 0) + 1
+        ...
+
+    application = SessionMiddleware(app)
+
+Then you adapt the session to what you want of it::
 
     class ICounter(Interface):
         hits: int
@@ -14,24 +23,23 @@ You *adapt* a request to its session, and a session to what you want of it::
 
     registerAdapter(Counter, Session, ICounter)
 
-    def app(environ, start_response):
-        counter = ICounter(ISession(environ))     # made on first use, the same object ever after
-        counter.hits += 1
-        ...
+    ICounter(ISession(environ)).hits += 1     # made on first use, the same ever after
 
-    application = SessionMiddleware(app)
-
-The vocabulary is that of Nevow and Twisted (2004).  The file reads from top to bottom, and
-each section uses only what stands above it:
+The vocabulary is that of Nevow and Twisted (2004).  Three words carry the rest.  A *record* is
+what a store keeps of one visitor.  A `Session` is one request's view of a record.  A *hold* is a
+request's right to change a record, from ``ISession(environ)`` until its headers leave; it dies
+with the request.  The file reads from top to bottom, each section uses only what stands above it:
 
     Errors             what can go wrong, and what to do about it; how it is logged
     Interfaces         Interface, implementer, registerAdapter: how IFoo(obj) finds its answer
     Components         Componentized, Adapter: objects that remember what they were adapted to
-    Sessions           ISession, Session: one visitor's components, attributes and deadlines
+    Sessions           the record, Session, ISession: one request's view of what a visitor has
+    Holding            who may change a record, in one process
+    Records            what may be stored, how it is written, sealed and read
     Memory store       IStore, MemoryStore: what every store promises, and the one for one process
-    Persistent stores  sealed records for many processes and hosts: SQLite, PostgreSQL, Redis
+    Persistent stores  for many processes and hosts: SQLite, PostgreSQL, Redis
     Cookies            reading one, writing one
-    WSGI               SessionMiddleware: each request gets its session, each response its headers
+    WSGI               SessionMiddleware, peek: each request gets its session, each response its headers
 """
 
 # mypy: disable-error-code="empty-body"
@@ -39,61 +47,49 @@ each section uses only what stands above it:
 from __future__ import annotations
 
 import copyreg
-import gc
+import enum
 import io
+import itertools
+import logging
 import os
 import pickle
+import secrets
 import sys
+import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from hashlib import blake2b
 from heapq import heapify, heappop, heappush
+from hmac import compare_digest
 from operator import attrgetter
-from threading import Condition, RLock, get_ident
+from types import FunctionType, MethodType
+from weakref import ref
 
 TYPE_CHECKING = False  # As typing's, which takes 5 ms to import.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from typing import Any, TypeVar, overload
+    from typing import Any, Generic, NoReturn, TypeVar, overload
 
+    Clock = Callable[[], float]
+    Secret = str | bytes | Sequence[str | bytes]
     D = TypeVar("D")
     I = TypeVar("I", bound="Interface")  # noqa: E741
     T = TypeVar("T")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
+# fmt: off
 __all__ = [
-    "Adapter",
-    "AdapterRegistry",
-    "CannotAdapt",
-    "Componentized",
-    "DuplicateAdapter",
-    "GuardSession",
-    "HELD",
-    "ISession",
-    "IStore",
-    "Interface",
-    "InterfaceMeta",
-    "MemoryStore",
-    "NotStorable",
-    "PersistentStore",
-    "PostgresStore",
-    "RedisStore",
-    "SQLiteStore",
-    "SealError",
-    "Session",
-    "SessionBusy",
-    "SessionConflict",
-    "SessionError",
-    "SessionMiddleware",
-    "StoreError",
-    "implementedBy",
-    "implementer",
-    "providedBy",
-    "registerAdapter",
-    "registry",
-    "storable",
+    "Adapter", "AdapterRegistry", "CannotAdapt", "Componentized", "DuplicateAdapter", "GuardSession", "HELD",
+    "ISession", "IStore", "Interface", "InterfaceMeta", "MOVED", "MemoryStore", "NotStorable", "PersistentStore",
+    "PostgresStore", "RedisStore", "SQLiteStore", "SealError", "Session", "SessionBusy", "SessionConflict",
+    "SessionError", "SessionMiddleware", "StoreError", "implementedBy", "implementer", "peek", "providedBy",
+    "registerAdapter", "registry", "storable",
 ]
+# fmt: on
 
 
 # Errors
@@ -102,10 +98,6 @@ __all__ = [
 
 class SessionError(Exception):
     """Base of all errors of this module."""
-
-    def __reduce__(self) -> Any:
-        # They take the objects they speak of and keep a message: pickle brings back both.
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class CannotAdapt(SessionError, TypeError):
@@ -120,6 +112,9 @@ class CannotAdapt(SessionError, TypeError):
             + (advice or f"registerAdapter(factory, {kind}, {name}), or give a default: {name}(obj, None)")
         )
 
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+
 
 class DuplicateAdapter(SessionError, ValueError):
     """There is an adapter for this pair already; ``registry.unregister`` it first."""
@@ -132,27 +127,21 @@ class DuplicateAdapter(SessionError, ValueError):
             "take it out with registry.unregister before you register another"
         )
 
+    __reduce__ = CannotAdapt.__reduce__
+
 
 class SessionBusy(SessionError, TimeoutError):
-    """Another request of the same session didn't let go of it within *patience* seconds."""
+    """Another request of the same session didn't let go of it within *patience* seconds.  A 503, mostly."""
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
-        super().__init__(
-            f"another request has held this session for over {patience:g} s: make that request shorter, "
-            "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)"
-        )
+    #: For how many seconds this request waited.
+    patience: float = 0
 
 
 class SessionConflict(SessionError, RuntimeError):
-    """The request outlasted its lease, and a later one changed the session: nothing was saved."""
+    """Somebody else has changed the session since this request let go of it, or lost its lease: nothing was saved."""
 
-    def __init__(self, lease: float) -> None:
-        self.lease = lease
-        super().__init__(
-            f"the request took longer than its lease of {lease:g} s and another one has changed the session "
-            "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part"
-        )
+    #: The store's lease in seconds, if it was lost.
+    lease: float | None = None
 
 
 class StoreError(SessionError):
@@ -162,49 +151,37 @@ class StoreError(SessionError):
 class NotStorable(StoreError, TypeError):
     """A component (or attribute) can't be written to a persistent store."""
 
-    def __init__(self, name: str, offender: str) -> None:
-        #: What is kept on the session, and what in it can't be stored.
-        self.name, self.offender = name, offender
-        super().__init__(
-            f"{name} can't be stored, it contains {offender}: decorate a class with @storable (or @implementer), "
-            "leave open files, locks and functions out of components (see __getstate__), or use a MemoryStore"
-        )
+    #: What is kept on the session ("the component app.ICart"), and what in it can't be stored.
+    name: str = ""
+    offender: str = ""
 
 
 class SealError(SessionError, ValueError):
     """A record isn't what this store wrote.  Stores turn it into "no such session" and log it."""
 
 
-_SALT = os.urandom(16)
+class _CannotOpen(StoreError):
+    """A component is there, but its class is missing in this process, or fails."""
 
 
-def _tag(uid: str) -> str:
-    """Eight characters that stand for *uid* in logs: the same within a process, useless outside it."""
-    from hashlib import blake2b
-
-    return blake2b(uid.encode(), key=_SALT, digest_size=4).hexdigest()
-
-
-_logger: Any = None
+def _with(error: T, **details: object) -> T:
+    """*error*, with the details that it documents."""
+    vars(error).update(details)
+    return error
 
 
-def _log(level: int, uid: str, message: str, *args: object, exc_info: bool = False) -> None:
-    """Log to ``logging.getLogger("minisess")`` what happened to the session *uid*, which is never shown.
+_logger = logging.getLogger("minisess")
 
-    *level* is logging's: 20 for what is as it should be, 30 for what isn't, 40 for somebody's mistake.
 
-    Strategy: importing logging takes longer than all else here together.  While nobody has
-    imported it nobody listens, except to warnings (30 and up), which Python shows by itself.
+def _log(level: int, event: str, handle: str, message: str, *args: object, **details: Any) -> None:
+    """Log to ``logging.getLogger("minisess")`` what happened to the session *handle*; its uid is never shown.
+
+    The record's attributes are *event* (a word), *session* (the handle), *owner* and *reason*.
     """
-    global _logger
-    if _logger is None:
-        if "logging" not in sys.modules and level < 30:
-            return
-        import logging
-
-        _logger = logging.getLogger("minisess")
     if _logger.isEnabledFor(level):
-        _logger.log(level, "session %s " + message, _tag(uid), *args, exc_info=exc_info)
+        exc_info = details.pop("exc_info", False)
+        extra = {"event": event, "session": handle, "owner": None, "reason": None, **details}
+        _logger.log(level, "session %s " + message, handle, *args, exc_info=exc_info, extra=extra, stacklevel=2)
 
 
 # Interfaces
@@ -214,6 +191,9 @@ def _log(level: int, uid: str, message: str, *args: object, exc_info: bool = Fal
 class _Missing:
     """The type of "no such argument", for which None won't do."""
 
+    def __repr__(self) -> str:
+        return "..."
+
 
 _MISSING: Any = _Missing()
 
@@ -221,8 +201,12 @@ _MISSING: Any = _Missing()
 _ITSELF: Any = object()  # the object is the answer
 _KEPT: Any = object()  # look at what obj keeps, see Componentized
 
-# What is remembered, by interface and type; see AdapterRegistry.plan.
+# What was found out: how to adapt (by interface and type), by which factory, and in which order
+# classes and interfaces are looked at.  `AdapterRegistry.forget` puts new dicts in their places, so
+# whoever finds something out while things change writes it where nobody looks.  No look-up locks.
 _plans: dict[type, dict[type, Any]] = {}
+_direct: dict[tuple[type, type], Any] = {}
+_orders: dict[type, tuple[type, ...]] = {}
 
 # Interfaces by name, for records that name them.
 _interfaces: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -264,11 +248,13 @@ class InterfaceMeta(type):
             except KeyError:
                 plan = cls.registry.plan(cls, type(obj))
             if plan is _KEPT:
-                if obj._first_interface is cls:
-                    return obj._first_component
-                answer = obj._others.get(cls)
+                answer = obj._components.get(cls)
                 if answer is None:
-                    answer = type(obj).__conform__(obj, cls)
+                    try:
+                        answer = type(obj).__conform__(obj, cls)
+                    except _CannotOpen:
+                        if default is _MISSING:
+                            raise
                 if answer is not None:
                     return answer
             elif plan is _ITSELF:
@@ -280,6 +266,9 @@ class InterfaceMeta(type):
             if default is _MISSING:
                 raise CannotAdapt(obj, cls, cls.__advice__)
             return default
+
+        #: What editors and help() show.
+        __signature__ = None
 
     def implementedBy(cls, other: type) -> bool:
         """Do instances of class *other* provide this interface?  The same as ``issubclass(other, cls)``."""
@@ -326,15 +315,19 @@ _storables: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary
 # The `__conform__` and getComponent functions that answer with what Componentized keeps, if it does.
 _keepers: set[Any] = set()
 
-# Guards declarations, registrations and what is worked out from them; look-ups that are
-# remembered take no lock.
-_lock = RLock()
+# Guards declarations and registrations.
+_lock = threading.RLock()
 
 
 def _require_interfaces(interfaces: Iterable[object]) -> None:
     for interface in interfaces:
         if not isinstance(interface, InterfaceMeta):
-            raise TypeError(f"{interface!r} isn't an interface: subclass minisess.Interface")
+            advice = "subclass minisess.Interface"
+            if type(interface).__name__ == "InterfaceMeta":
+                advice = f"it belongs to another copy of minisess, {type(interface).__module__}, not to {__name__}"
+            elif isinstance(interface, type):
+                advice = "an interface subclasses minisess.Interface, and a decorator is written @implementer(IFoo)"
+            raise TypeError(f"{interface!r} isn't an interface: {advice}")
 
 
 def _bases(node: type) -> tuple[type, ...]:
@@ -391,19 +384,42 @@ def _conforming(conform: Any, interface: Any, kind: type, fallback: Any) -> Call
     return plan
 
 
+def _refuse_state(member: object, state: object) -> None:
+    raise SealError(f"a record can't set the state of {member!r}, which all share")
+
+
+def storable(cls: type[T]) -> type[T]:
+    """Class decorator: instances may be part of what a persistent store keeps.
+
+    Classes decorated with `implementer` and registered adapter classes are storable already.
+    Enum classes are stored by the names of their members; foreign classes can be declared, too:
+    ``storable(http.HTTPStatus)``.
+
+    Whoever knows the secret can forge records.  Such a record can construct objects of these
+    classes in any state, have those methods called that pickle and callbacks call
+    (``__setstate__``, ``append``, ``__setitem__``, any without arguments), or make the process
+    fail; no other code runs, and nothing that it didn't make itself is changed.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"storable decorates classes, {cls!r} isn't one")
+    if issubclass(cls, enum.Enum):
+        # Its members are the process's: else pickle would set their attributes to what a record says.
+        cls.__setstate__ = _refuse_state  # type: ignore[attr-defined]
+    _storables[_name(cls)] = cls
+    return cls
+
+
 class AdapterRegistry:
     """Adapter factories by what they adapt from and to.  `registry` is the one that interfaces ask."""
 
-    # What `order` worked out; it depends on declarations only, so all registries share it.
-    _orders: dict[type, tuple[type, ...]] = {}
+    # How many types are remembered before it starts anew, so that dynamic classes don't pile up.
+    _most = 1000
 
     def __init__(self) -> None:
         self._factories: dict[type, dict[type, Any]] = {}
         # All target interfaces, in the order in which they are tried for one of their bases:
         # a derived interface after its bases, and of unrelated ones the newest first (as zope.interface).
         self._targets: list[type] = []
-        # What was worked out, until something changes:
-        self._found: dict[tuple[type, type], Any] = {}
 
     def register(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
         """Make ``factory(obj)`` adapt objects of *original*, a class or an interface, to each of *interfaces*.
@@ -413,6 +429,11 @@ class AdapterRegistry:
         """
         if not callable(factory):
             raise TypeError(f"an adapter factory is called with the object to adapt, {factory!r} can't be called")
+        if isinstance(factory, InterfaceMeta):
+            raise TypeError(
+                f"{factory.__name__} is an interface, since it extends one, and makes no objects: "
+                f"decorate a plain class with @implementer({factory.__bases__[0].__name__}) instead"
+            )
         if not isinstance(original, type):
             raise TypeError(f"adapters are registered for a class or an interface, not for {original!r}")
         if not interfaces:
@@ -420,7 +441,7 @@ class AdapterRegistry:
         _require_interfaces(interfaces)
         with _lock:
             interfaces = tuple(dict.fromkeys(interfaces))
-            known = self._factories.setdefault(original, {})
+            known = dict(self._factories.get(original, {}))
             for interface in interfaces:
                 if interface in known:
                     raise DuplicateAdapter(known[interface], original, interface)
@@ -431,22 +452,23 @@ class AdapterRegistry:
                     bases = [t for t in self._targets if t in above]
                     others = [t for t in self._targets if t not in above]
                     self._targets = [*bases, interface, *others]
+            self._factories[original] = known
             if isinstance(factory, type):
-                _storables[_name(factory)] = factory
+                storable(factory)
             self.forget()
 
     def unregister(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
         """Undo `register` of the same arguments.  Raises KeyError for what isn't registered."""
         with _lock:
             interfaces = tuple(dict.fromkeys(interfaces))
-            known = self._factories.get(original, {})
+            known = dict(self._factories.get(original, {}))
             for interface in interfaces:
                 if interface not in known or known[interface] != factory:
                     raise KeyError((factory, original, interface))
-            for interface in interfaces:
                 del known[interface]
+            self._factories[original] = known
             if not known:
-                self._factories.pop(original, None)
+                del self._factories[original]
             targets = {t for known in self._factories.values() for t in known}
             self._targets = [t for t in self._targets if t in targets]
             self.forget()
@@ -473,60 +495,51 @@ class AdapterRegistry:
         Declarations that C3 can't order (a base before its derived interface) fall back on depth
         first, which still puts the derived one first.  `Interface` is always last.
         """
-        order = self._orders.get(node)
+        orders = _orders
+        order = orders.get(node)
         if order is None:
-            with _lock:
-                bases = _bases(node)
-                merged = _merge([[node], *(list(self.order(base)) for base in bases), list(bases)])
-                rest = (n for n in merged or _depth_first(node) if n is not Interface)
-                order = self._orders[node] = (*rest, Interface)
+            bases = _bases(node)
+            merged = _merge([[node], *(list(self.order(base)) for base in bases), list(bases)])
+            order = (*(n for n in merged or _depth_first(node) if n is not Interface), Interface)
+            if len(orders) >= self._most:
+                self.forget()
+            orders[node] = order
         return order
 
     def direct(self, interface: Any, kind: type) -> Any:
         """How objects of type *kind* adapt to *interface* when they have no say in it."""
-        plan = self._found.get((kind, interface), _MISSING)
+        direct = _direct
+        plan = direct.get((kind, interface), _MISSING)
         if plan is _MISSING:
-            with _lock:
-                plan = _ITSELF if interface in self.order(kind) else self.lookup(kind, interface)
-                self._found[kind, interface] = plan
+            _require_interfaces([interface])
+            plan = _ITSELF if interface in self.order(kind) else self.lookup(kind, interface)
+            if len(direct) >= self._most:
+                self.forget()
+            direct[kind, interface] = plan
         return plan
 
     def plan(self, interface: Any, kind: type) -> Any:
         """Find out, and let *interface* remember, how objects of type *kind* adapt to it."""
         if kind is _Missing:
             raise TypeError(f"{interface.__name__}() needs the object to adapt: {interface.__name__}(session)")
-        with _lock:
-            plan = self.direct(interface, kind)
-            conform = _special(kind, "__conform__")
-            if conform is not None:
-                if _keepers.issuperset([conform, _special(kind, "getComponent")]):
-                    plan = _KEPT
-                else:
-                    plan = _conforming(conform, interface, kind, plan)
-            _plans.setdefault(interface, {})[kind] = plan
+        plans = _plans
+        plan = self.direct(interface, kind)
+        conform = _special(kind, "__conform__")
+        if conform is not None:
+            if _keepers.issuperset([conform, _special(kind, "getComponent")]):
+                plan = _KEPT
+            else:
+                plan = _conforming(conform, interface, kind, plan)
+        plans.setdefault(interface, {})[kind] = plan
         return plan
 
     def forget(self) -> None:
-        """Drop all that was worked out: it may be wrong by now, and it keeps classes alive."""
-        self._orders.clear()
-        self._found.clear()
-        _plans.clear()
+        """Drop all that was found out: it may be wrong by now, and it keeps classes alive."""
+        global _plans, _direct, _orders
+        _plans, _direct, _orders = {}, {}, {}
 
 
 registry = InterfaceMeta.registry = AdapterRegistry()
-
-
-def _forget_on_collection(phase: str, info: dict[str, int]) -> None:
-    """Let classes that only look-ups remember be collected.
-
-    Strategy: a class dies in the garbage collector only (it refers to itself), so plain dicts by
-    type will do if they are emptied before each full collection.  Weak keys take 25 % longer.
-    """
-    if phase == "start" and info["generation"] == 2:
-        registry.forget()
-
-
-gc.callbacks.append(_forget_on_collection)
 
 
 def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
@@ -547,7 +560,7 @@ def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
             before = [i for i in added if any(issubclass(i, o) for o in own)]
             _declared[cls] = (*before, *own, *(i for i in added if i not in before))
             if cls.__module__ != __name__:  # sessions and stores are no part of a record
-                _storables[_name(cls)] = cls
+                storable(cls)
             registry.forget()
         return cls
 
@@ -556,6 +569,8 @@ def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
 
 def implementedBy(cls: type) -> tuple[type, ...]:
     """The interfaces declared on *cls* and its base classes (without their bases), most specific first."""
+    if not isinstance(cls, type):
+        raise TypeError(f"implementedBy takes a class; for an object like {cls!r} it is providedBy(obj)")
     declared = {i for base in cls.__mro__ for i in _declared.get(base, ())}
     return tuple(i for i in registry.order(cls) if i in declared)
 
@@ -578,9 +593,6 @@ def registerAdapter(factory: Callable[[Any], object], original: type, *interface
 # ---------------------------------------------------------------------------
 
 
-_NO_OTHERS: dict[Any, Any] = {}  # nobody writes into it
-
-
 class Componentized:
     """An object that remembers what it was adapted to, as twisted.python.components.Componentized.
 
@@ -589,49 +601,18 @@ class Componentized:
     ``multiComponent`` is kept under every interface that it provides and is the adapter for.
     """
 
-    # Strategy: most sessions keep one component, so one has fields of its own and the dict comes
-    # with the second: 200 bytes less, and found in half the time.  Where `_first_interface` is right,
-    # `_first_component` is, too: it is set before and taken away after, and under the GIL no other
-    # thread comes between reading the two (unless a trace function lets it).
-    _first_interface: Any
-    _first_component: Any
-    _others: dict[Any, Any]
+    # By interface.  Each change is one operation of the dict, which threads may do at once.
+    _components: dict[Any, Any]
 
     def __init__(self) -> None:
-        self._first_interface = self._first_component = None
-        self._others = _NO_OTHERS
-
-    def _kept(self) -> list[tuple[Any, Any]]:
-        """All (interface, component), in no order."""
-        interface, component, others = self._first_interface, self._first_component, list(self._others.items())
-        return others if interface is None else [(interface, component), *others]
-
-    def _keep(self, interface: Any, component: Any) -> None:
-        # By object.__setattr__, for classes whose own protects their fields.
-        if self._first_interface is interface or (self._first_interface is None and interface not in self._others):
-            object.__setattr__(self, "_first_component", component)
-            object.__setattr__(self, "_first_interface", interface)
-        elif self._others is _NO_OTHERS:
-            object.__setattr__(self, "_others", {interface: component})
-        else:
-            self._others[interface] = component
-
-    def _drop(self, interface: Any) -> None:
-        if self._first_interface is interface:
-            object.__setattr__(self, "_first_interface", None)
-            object.__setattr__(self, "_first_component", None)
-        else:
-            del self._others[interface]
+        self._components = {}
 
     def setComponent(self, interface: type, component: object) -> None:
         """Make *component*, any object but None, the answer to ``interface(self)``."""
         _require_interfaces([interface])
         if component is None:
             raise TypeError(f"None means that there is no component: use unsetComponent({interface.__name__})")
-        before = self._kept()  # what is replaced is destroyed when no lock is held: its __del__ may do anything
-        with _lock:
-            self._keep(interface, component)
-        del before
+        self._components[interface] = component
 
     if TYPE_CHECKING:
 
@@ -642,7 +623,7 @@ class Componentized:
 
     def getComponent(self, interface: Any, default: Any = None) -> Any:
         """The component for *interface*, made and kept if an adapter is registered, or *default*."""
-        kept = self._first_component if self._first_interface is interface else self._others.get(interface)
+        kept = self._components.get(interface)
         if kept is not None:
             return kept
         plan = registry.direct(interface, type(self))
@@ -653,34 +634,27 @@ class Componentized:
             return default
         if getattr(adapter, "temporaryAdapter", False):
             return adapter
-        with _lock:
-            # Another thread may have made one, too: the first is everyone's.
-            if Componentized.__contains__(self, interface):
-                return self.getComponent(interface)
-            self._keep(interface, adapter)
-            if getattr(adapter, "multiComponent", False):
-                for other in providedBy(adapter):
-                    if other not in self and self.locateAdapterClass(type(self), other, None) is type(adapter):
-                        self._keep(other, adapter)
-        return adapter
+        # Another thread, or the adapter itself, may have kept one, too: the first is everyone's.
+        kept = self._components.setdefault(interface, adapter)
+        if kept is adapter and getattr(adapter, "multiComponent", False):
+            for other in providedBy(adapter):
+                if self.locateAdapterClass(type(self), other, None) is type(adapter):
+                    self._components.setdefault(other, adapter)
+        return kept
 
     def __contains__(self, interface: object) -> bool:
         """Is a component kept for *interface*?  Makes none."""
-        return interface is not None and (self._first_interface is interface or interface in self._others)
+        return interface in self._components
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*; KeyError if there is none."""
-        before = self._kept()  # as in setComponent
-        with _lock:
-            self._drop(interface)
-        del before
+        del self._components[interface]
 
     def removeComponent(self, component: object) -> list[type]:
         """Forget *component* under all its interfaces, and answer these."""
-        with _lock:
-            removed = [interface for interface, kept in self._kept() if kept is component]
-            for interface in removed:
-                self._drop(interface)
+        removed = [interface for interface, kept in list(self._components.items()) if kept is component]
+        for interface in removed:
+            self._components.pop(interface, None)
         return removed
 
     def addComponent(self, component: object, ignoreClass: bool = False) -> None:
@@ -734,7 +708,105 @@ class Adapter:
 # Sessions
 # ---------------------------------------------------------------------------
 
-_NEW, _STORED, _ENDED = "new", "stored", "ended"
+# The states of a record: not stored yet; stored; the stand-in for one that has moved to a new uid,
+# which is never stored; over.
+_NEW, _STORED, _MOVED, _ENDED = "new", "stored", "moved", "ended"
+
+# What a record has besides its contents, in the order in which it is written.  The first two make
+# no difference to others.
+_FIELDS = (
+    "lastModified",
+    "cookie",  # (when it was sent, when it ends) for a cookie with Max-Age, or None
+    "created",
+    "lifetime",
+    "max_lifetime",
+    "since",  # when the absolute timeout began to run
+    "owner",
+    "authenticated",
+    "forgotten",  # (lifetime, max_lifetime) for when it is no longer remembered, or None
+    "callbacks",  # as its store keeps them
+)
+
+
+def _new_uid() -> str:
+    """256 random bits, URL-safe: 43 letters, digits, "-" and "_"."""
+    return secrets.token_urlsafe(32)
+
+
+def _hash(uid: str, place: str = "") -> str:
+    """64 hex digits that stand for *uid*, and from which it can't be found."""
+    where = place.encode()
+    what = b"%d:%s%s" % (len(where), where, uid.encode())
+    return blake2b(what, digest_size=32, person=b"minisess key").hexdigest()
+
+
+class _Record:
+    """What a store keeps of one visitor.  It does little by itself: `Session` is what people use."""
+
+    __slots__ = (*_FIELDS, "uid", "key", "components", "attributes", "state", "due", "hold")
+
+    def __init__(self, uid: str, key: str, now: float, lifetime: float, max_lifetime: float) -> None:
+        self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
+        self.due: float = 0  # the deadline under which its store will look at it next
+        self.hold: Any = None  # who held it when it ended
+        self.created = self.lastModified = self.since = now
+        self.lifetime, self.max_lifetime = lifetime, max_lifetime
+        self.owner: str | None = None
+        self.authenticated: float | None = None
+        self.forgotten: tuple[float, float] | None = None
+        self.cookie: tuple[float, float] | None = None
+        self.callbacks: tuple[Any, ...] = ()
+        self.components: dict[Any, Any] = {}
+        self.attributes: dict[str, Any] = {}
+
+    @property
+    def expires(self) -> float:
+        return min(self.lastModified + self.lifetime, self.since + self.max_lifetime)
+
+    @property
+    def ended(self) -> bool:
+        return self.state is _ENDED
+
+    @property
+    def handle(self) -> str:
+        return _hash(self.uid)[:16]
+
+    def set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def why(self, now: float) -> str:
+        """The reason why it is over at *now*, for the log."""
+        if now >= self.lastModified + self.lifetime:
+            return "idle"
+        return "absolute" if now >= self.since + self.max_lifetime else "evicted"
+
+    def is_empty(self) -> bool:
+        """Is there nothing on it that anyone might come back for?"""
+        return not (self.components or self.attributes or self.owner or self.callbacks)
+
+    def clear(self) -> None:
+        self.owner, self.callbacks = None, ()
+        self.components.clear()
+        self.attributes.clear()
+
+    def end(self, reason: str, callback: Callable[[Any], Any]) -> BaseException | None:
+        """Run the callbacks and let go of everything; whoever took it out of its store calls this, once.
+
+        *callback* answers what to call for one of `callbacks`.  All run, whatever one of them
+        raises; answers the first that was no Exception (a SystemExit, a Timeout), or None.
+        """
+        self.state, handle, first = _ENDED, self.handle, None
+        _log(logging.INFO, "ended", handle, "ended: %s", reason, owner=self.owner, reason=reason)
+        for each in self.callbacks:
+            try:
+                callback(each)()
+            except BaseException as error:
+                _log(logging.ERROR, "failed", handle, "callback %r failed", each, owner=self.owner, exc_info=True)
+                if not isinstance(error, Exception):
+                    first = first or error
+        self.clear()
+        return first
 
 
 def _seconds(value: float | None, name: str) -> float:
@@ -746,147 +818,181 @@ def _seconds(value: float | None, name: str) -> float:
     return float(value)
 
 
-class ISession(Interface):
-    """What ``ISession(environ)`` answers, for whoever writes or checks code against it; see `Session`."""
-
-    __advice__ = (
-        "there is no session here; wrap the application in SessionMiddleware, "
-        "and adapt the WSGI environ or a request that has it as .environ"
-    )
-
-    uid: str
-    created: float
-    lastModified: float
-    lifetime: float
-    max_lifetime: float
-    owner: str | None
-
-    @property
-    def expires(self) -> float: ...
-    def setLifetime(self, seconds: float | None) -> None: ...
-    def touch(self) -> None: ...
-    def expire(self) -> None: ...
-    def notifyOnExpire(self, callback: Callable[[], object]) -> None: ...
-    def renew(self) -> None: ...
-    def login(self, owner: str) -> None: ...
-    def release(self) -> None: ...
-    def setComponent(self, interface: type, component: object) -> None: ...
-    def unsetComponent(self, interface: type) -> None: ...
-    def removeComponent(self, component: object) -> list[type]: ...
-    def addComponent(self, component: object, ignoreClass: bool = False) -> None: ...
-    def addAdapter(self, factory: Callable[[Any], T], ignoreClass: bool = False) -> T: ...
-    def setAdapter(self, interface: type, factory: Callable[[Any], object]) -> None: ...
-    def locateAdapterClass(self, cls: type, interface: type, default: Any) -> Any: ...
-    def __contains__(self, interface: object) -> bool: ...
-
-    if TYPE_CHECKING:
-
-        @overload
-        def getComponent(self, interface: type[I]) -> I | None: ...
-        @overload
-        def getComponent(self, interface: type[I], default: D) -> I | D: ...
-        def getComponent(self, interface: Any, default: Any = None) -> Any: ...
-        # session.foo = 1 is anybody's right.
-        def __setattr__(self, name: str, value: Any) -> None: ...
+def _check_lifetimes(lifetime: float, max_lifetime: float, remedy: str) -> None:
+    if max_lifetime < lifetime < float("inf"):
+        raise ValueError(f"a lifetime of {lifetime:g} s would be cut by max_lifetime={max_lifetime:g}: {remedy}")
 
 
-class _Unguarded(Componentized):
-    """The fields of a session, without the guard that keeps anybody from setting them."""
-
-    # fmt: off
-    __slots__ = (
-        "uid", "created", "lastModified", "lifetime", "max_lifetime", "owner",
-        "_first_interface", "_first_component", "_others",
-        "_callbacks", "_since", "_store", "_state", "_hold", "_due", "_by",
-    )
-    # fmt: on
-
-    uid: str
-    created: float
-    lastModified: float
-    lifetime: float
-    max_lifetime: float
-    owner: str | None
-    _callbacks: tuple[Any, ...]  # as _stored_callback has them
-    _since: float  # when the absolute timeout began to run
-    _store: Any
-    _state: str
-    _hold: Any  # what its store knows the request by that holds it, or held it last
-    _due: float  # the deadline under which a MemoryStore will look at it next
-    _by: int | None  # the thread that renewed or expired it
+# What to do instead of setting one of a session's fields, and instead of what other libraries have.
+_INSTEAD = {
+    "owner": "session.login(owner)",
+    "lifetime": "session.setLifetime(seconds)",
+    "uid": "session.renew()",
+    "lastModified": "session.touch()",
+    **dict.fromkeys(("get", "pop", "setdefault"), 'getattr(session, "name", None), what you keep are attributes'),
+    **dict.fromkeys(("keys", "values", "items"), "vars(session), what you keep are attributes"),
+    **dict.fromkeys(("clear", "flush", "delete", "invalidate"), "session.expire()"),
+    **dict.fromkeys(("cycle_key", "regenerate_id", "regenerate"), "session.renew()"),
+    **dict.fromkeys(("save", "modified"), "nothing, it is saved by itself when the headers leave"),
+    "permanent": "session.login(owner, remember=seconds), or SessionMiddleware(persistent=True) for all",
+}
 
 
-@implementer(ISession)
-class Session(_Unguarded):
-    """One visitor's components and attributes, until it ends.
+class _Guard:
+    """A name of every session's that no attribute can hide: a data descriptor.
 
-    Stores make sessions, requests get theirs by ``ISession(environ)``.
-
-    *uid*: 256 random bits, URL-safe.  *owner*: who logged in, a str, or None.
-    *created*, *lastModified*: UNIX time in seconds.
-    *lifetime*, *max_lifetime*: seconds; the idle and the absolute timeout, infinity is none.
-
-    The fields are read-only; every other attribute set on a session is the user's,
-    ``vars(session)`` shows just those.
+    Strategy: the guard costs nothing where attributes are set.  A `__setattr__` that looks at each
+    name makes setting one ten times slower, and a new session twice.
     """
 
-    __slots__ = ()
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
-    def __init__(self, store: Any, uid: str, now: float, lifetime: float, max_lifetime: float) -> None:
-        # To be unguarded meanwhile, as StoredSession is, leaves a dict behind (64 bytes each on Python 3.11).
-        put = object.__setattr__
-        put(self, "uid", uid)
-        put(self, "created", now)
-        put(self, "lastModified", now)
-        put(self, "lifetime", lifetime)
-        put(self, "max_lifetime", max_lifetime)
-        put(self, "owner", None)
-        put(self, "_first_interface", None)
-        put(self, "_first_component", None)
-        put(self, "_others", _NO_OTHERS)
-        put(self, "_callbacks", ())
-        put(self, "_since", now)
-        put(self, "_store", store)
-        put(self, "_state", _NEW)
-        put(self, "_hold", None)
-        put(self, "_due", 0.0)
-        put(self, "_by", None)
+    def __set__(self, session: Any, value: object) -> None:
+        advice = _INSTEAD.get(self.name, "choose another name for your attribute")
+        raise AttributeError(f"session.{self.name} belongs to every session and can't be set or deleted: {advice}")
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if hasattr(type(self), name):
-            change = {"owner": "login(owner)", "lifetime": "setLifetime(seconds)", "uid": "renew()"}.get(name)
-            raise AttributeError(
-                f"session.{name} belongs to every session and can't be set: "
-                + (f"call session.{change}" if change else "choose another name for your attribute")
+    def __delete__(self, session: Any) -> None:
+        self.__set__(session, None)
+
+
+class _Method(_Guard):
+    def __init__(self, function: Any) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+    def __get__(self, session: Any, kind: Any = None) -> Any:
+        return self.function if session is None else MethodType(self.function, session)
+
+
+class _Habit(_Guard):
+    """A name that other libraries want to be set, and that would do nothing here."""
+
+    def __get__(self, session: Any, kind: Any = None) -> Any:
+        raise AttributeError(f"a session has no {self.name}: {_INSTEAD[self.name]}")
+
+
+if TYPE_CHECKING:
+
+    class _Field(Generic[T]):
+        def __init__(self, doc: str) -> None: ...
+        def __get__(self, session: object, kind: Any = None) -> T: ...
+        def __set__(self, session: object, value: NoReturn) -> None: ...
+
+else:
+
+    class _Field(_Guard):
+        """A field of the session's record."""
+
+        def __init__(self, doc):
+            self.__doc__ = doc
+
+        def __get__(self, session, kind=None):
+            return self if session is None else getattr(session._record, self.name)
+
+
+class Session(Componentized):
+    """One request's view of a visitor's record: components, attributes and deadlines, until it ends.
+
+    ``ISession(environ)`` answers it.  Fields are read-only; any other attribute that is set on a
+    session is the user's, and ``vars(session)`` shows just those.
+
+    It *holds* its record from ``ISession(environ)`` to the moment the headers leave, and may do
+    everything.  Afterwards, or after `release`, it may look, `expire`, and save what nobody else
+    has changed meanwhile.  When the response is over, a component that kept it
+    (``self.session``) may go on using it: it acts for the request that holds the record then.
+    """
+
+    __slots__ = ("_store", "_record", "_components", "_token", "_base")
+
+    _store: Any
+    _record: Any
+    _token: ref[Any]  # the request (or the session itself) that holds the record, or did
+    _base: Any  # the contents as they were when it let go of the hold; None while it has it
+
+    # The same in a request's exchange: is the response over?  How long does a late change wait for others?
+    _over = False
+    _patience: float = 10
+
+    uid: _Field[str] = _Field("The visitor's secret: 256 random bits, URL-safe.")
+    handle: _Field[str] = _Field(
+        "16 hex digits of a hash of the uid: stands for it in logs and on pages, the same everywhere, opens nothing."
+    )
+    created: _Field[float] = _Field("When it began, UNIX time in seconds.")
+    lastModified: _Field[float] = _Field("When it was last used, UNIX time in seconds.")
+    lifetime: _Field[float] = _Field("The idle timeout in seconds; infinity is none.")
+    max_lifetime: _Field[float] = _Field("The absolute timeout in seconds, from its beginning or the last login on.")
+    expires: _Field[float] = _Field("When it ends unless something happens: the earlier deadline, UNIX time.")
+    owner: _Field[str | None] = _Field("Who logged in, or None.")
+    authenticated: _Field[float | None] = _Field(
+        "When that was, UNIX time, or None: to ask for the password again after a while."
+    )
+    ended: _Field[bool] = _Field(
+        "Is it over, or has it moved on to a new uid?  A stream stops then.  A MemoryStore knows at once, others when "
+        "the request next asks the store (ISession(environ), touch, release)."
+    )
+    modified, permanent = _Habit(), _Habit()
+
+    def __init__(self, store: Any, record: _Record, request: Any = None) -> None:
+        self._store, self._record, self._base = store, record, None
+        self._token = ref(self if request is None else request)
+        self._components, self.__dict__ = record.components, record.attributes
+
+    def _bind(self, record: _Record) -> None:
+        """Be a view of *record* from now on."""
+        self._record, self._base, self._components = record, None, record.components
+        self.__dict__ = record.attributes
+
+    def _detach(self) -> None:
+        """Have contents of its own from now on, with the same objects."""
+        self._components, self.__dict__ = self._record.components.copy(), self._record.attributes.copy()
+
+    def _cut(self) -> None:
+        """See nothing of the record any more, which has moved on to another uid, or ended."""
+        old = self._record
+        gone = type(old)(old.uid, old.key, old.created, old.lifetime, old.max_lifetime)
+        gone.state, gone.hold = _ENDED, old.hold
+        self._bind(gone)
+
+    def _is_holding(self) -> bool:
+        return self._store.holds.holders.get(self._record.key) is self._token
+
+    def _is_over(self) -> bool:
+        request = self._token()
+        return request is None or bool(request._over)
+
+    def _acting(self, wish: str) -> Session:
+        """The view that may give the record a new uid: this one, or, if it is over, that of who holds it now."""
+        record = self._record
+        if record.state is _ENDED:
+            raise SessionError(f"this session has ended, too late for {wish}(): ISession(environ) answers a new one")
+        if record.state is not _STORED or self._is_holding():
+            return self
+        token = self._store.holds.holders.get(record.key) if self._is_over() else None
+        holder = None if token is None else token()
+        if holder is None:
+            raise SessionError(
+                f"this request has let go of its session, and another one may have it: call session.{wish}() before "
+                "session.release(), and before the first piece of the body"
             )
-        object.__setattr__(self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if hasattr(type(self), name):
-            raise AttributeError(f"session.{name} belongs to every session and can't be deleted")
-        object.__delattr__(self, name)
-
-    def _put(self, **fields: object) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        names = sorted(interface.__name__ for interface, _ in self._kept())
-        owned = "" if self.owner is None else f" of {self.owner!r}"
-        return f"<{type(self).__name__} {_tag(self.uid)}{owned}, {self._state}, keeps {', '.join(names) or 'nothing'}>"
-
-    @property
-    def expires(self) -> float:
-        """When it ends unless something happens: the earlier of the idle and the absolute deadline, UNIX time."""
-        return min(self.lastModified + self.lifetime, self._since + self.max_lifetime)
+        acting: Session = holder if isinstance(holder, Session) else holder._session
+        return acting
 
     def setLifetime(self, seconds: float | None) -> None:
-        """End the session *seconds* after the last request that used it (the idle timeout); None for never."""
-        self._put(lifetime=_seconds(seconds, "lifetime"))
+        """End the session *seconds* after the last request that used it (the idle timeout); None for never.
+
+        ValueError for more than `max_lifetime`, which would end it earlier.
+        """
+        lifetime = _seconds(seconds, "lifetime")
+        remedy = "login(owner, remember=seconds) raises both for one session, SessionMiddleware(max_lifetime=) for all"
+        _check_lifetimes(lifetime, self._record.max_lifetime, remedy)
+        self._record.lifetime = lifetime
 
     def touch(self) -> None:
-        """Start the idle clock again.  (Each request that uses the session does that.)"""
-        self._put(lastModified=self._store.clock())
+        """Start the idle clock again.  (Each request that uses the session does that.)
+
+        It counts at once if the request has let go of the session, as streams have.
+        """
+        self._store.touch(self)
 
     def notifyOnExpire(self, callback: Callable[[], object]) -> None:
         """Have *callback* called once, without arguments, when the session ends, for whatever reason.
@@ -897,99 +1003,657 @@ class Session(_Unguarded):
         """
         if not callable(callback):
             raise TypeError(f"a callback is called without arguments, {callback!r} can't be called")
-        self._put(_callbacks=(*self._callbacks, self._stored_callback(callback)))
-
-    def _stored_callback(self, callback: Any) -> Any:
-        """What to keep of a callback."""
-        return callback
-
-    def _live_callback(self, stored: Any) -> Any:
-        """The callback of which `_stored_callback` kept *stored*."""
-        return stored
+        kept = self._store.keep_callback(self, callback)
+        with self._store.holds.alone("callbacks"):
+            self._record.callbacks = (*self._record.callbacks, kept)
 
     def expire(self) -> None:
         """End it: gone from the store at once, its callbacks run, the cookie is deleted by the response."""
-        self._put(_by=get_ident())
         self._store.discard(self)
 
     def renew(self) -> None:
-        """Give it a new uid and keep all else; the old uid is dead at once (OWASP: session fixation).
+        """Give it a new uid and keep all else (OWASP: session fixation).
 
-        That stays so even if the request fails later on: call it when all that may fail is done.
+        The old uid is dead at once, and all that still runs with it is cut off.  That stays so even
+        if the request fails later on: call it when all that may fail is done.  SessionError after
+        `release`, or in a body after the headers.
         """
-        self._change_uid()
+        acting = self._acting("renew")
+        acting._store.renew(acting)
 
-    def login(self, owner: str) -> None:
-        """It belongs to *owner* from now on: a new uid, and the absolute timeout starts again."""
+    def login(self, owner: str, remember: float | None = None) -> None:
+        """It belongs to *owner* from now on: a new uid as by `renew`, and the absolute timeout starts again.
+
+        What an anonymous visitor has on it stays.  If it was somebody else's, that session ends,
+        and this one begins empty.  *remember*: for how many seconds it lasts, idle or not, and over
+        restarts of the browser; None: as the middleware says.
+        """
         if not isinstance(owner, str) or not owner:
             raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}")
-        self._change_uid(owner=owner, _since=self._store.clock())
-
-    def _change_uid(self, **fields: object) -> None:
-        if self._state is _ENDED:
-            raise SessionError("this session has ended: ISession(environ) answers a new one")
-        self._put(_by=get_ident())
-        self._store.renew(self, **fields)
-        _log(20, self.uid, "renewed")
+        seconds = None if remember is None else _seconds(remember, "remember")
+        acting = self._acting("login")
+        record, now = acting._record, acting._store.clock()
+        usual = record.forgotten or (record.lifetime, record.max_lifetime)
+        lifetime, max_lifetime = usual if seconds is None else (seconds, seconds)
+        times = {"authenticated": now, "since": now, "lastModified": now, "cookie": None}
+        limits = {"lifetime": lifetime, "max_lifetime": max_lifetime, "forgotten": usual if seconds else None}
+        acting._store.renew(acting, owner=owner, **times, **limits)
 
     def release(self) -> None:
         """Save it now and let its next request in: before a long download or an event stream.
 
-        Only the request that holds the session can; otherwise nothing happens.
+        What is changed afterwards is saved at the end (or by the next `release`), unless somebody
+        else has changed the session since: that is a `SessionConflict`, or, once the headers have
+        left, an error in the log.
         """
-        if self._hold == get_ident() or self._state is _NEW:
-            self._store.save(self)
+        self._store.save(self)
 
-    def _is_empty(self) -> bool:
-        """Is there nothing on it that anyone might come back for?"""
-        return self._first_interface is None and not (self._others or self.owner or self._callbacks or self.__dict__)
+    def __contains__(self, what: object) -> bool:
+        """Is a component kept for the interface *what*, or an attribute of that name?  Makes none."""
+        if isinstance(what, str):
+            return what in vars(self)
+        return what in self._components or self._store.trouble(self, what) is not None
 
-    def _is_changed(self) -> bool:
-        """Does it differ from what is stored?  (Sessions in memory are what is stored.)"""
-        return False
+    if TYPE_CHECKING:
 
-    def _end(self) -> None:
-        """Run the callbacks and let go of everything; whoever took it out of the store calls this, once."""
-        self._put(_state=_ENDED, _by=get_ident())
-        _log(20, self.uid, "ended")
-        for callback in self._callbacks:
-            try:
-                self._live_callback(callback)()
-            except Exception:
-                _log(40, self.uid, "callback %r failed", callback, exc_info=True)
-        self._clear()
+        @overload
+        def getComponent(self, interface: type[I]) -> I | None: ...
+        @overload
+        def getComponent(self, interface: type[I], default: D) -> I | D: ...
 
-    def _clear(self) -> None:
-        """Break the cycles through components that refer to the session."""
-        before = self._kept()  # as in setComponent
-        with _lock:
-            self._put(_first_interface=None, _first_component=None, _others=_NO_OTHERS)
-        del before
-        self._put(_callbacks=())
-        self.__dict__.clear()
+    def getComponent(self, interface: Any, default: Any = None) -> Any:
+        """The component for *interface*, made and kept if an adapter is registered, or *default*.
 
+        StoreError for one whose class is missing in this process, or fails.
+        """
+        error = None if interface in self._components else self._store.trouble(self, interface)
+        if error is not None:
+            name = interface.__name__
+            raise _CannotOpen(
+                f"the component kept for {_name(interface)} can't be opened ({error}); it stays as it is, "
+                f"{name}(session, default) does without it, session.unsetComponent({name}) drops it"
+            ) from error
+        return Componentized.getComponent(self, interface, default)
+
+    def setComponent(self, interface: type, component: object) -> None:
+        """Make *component*, any object but None, the answer to ``interface(self)``."""
+        Componentized.setComponent(self, interface, component)
+        self._store.drop(self, interface)
+
+    def unsetComponent(self, interface: type) -> None:
+        """Forget the component for *interface*, even if it can't be opened; KeyError if there is none."""
+        if not self._store.drop(self, interface) or interface in self._components:
+            Componentized.unsetComponent(self, interface)
+
+    if TYPE_CHECKING:
+        # session.foo = 1 is anybody's right.
+        def __setattr__(self, name: str, value: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+    else:
+
+        def __getattr__(self, name):
+            advice = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+            raise AttributeError(f"this session has no attribute {name!r}{advice}", name=name, obj=self)
+
+    def __getitem__(self, name: str) -> Any:
+        raise TypeError(f"what you keep on a session are attributes: session.{name}, not session[{name!r}]")
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self[name]
+
+    def __setstate__(self, state: object) -> None:
+        raise SealError("a record can't set the state of the session itself")
+
+    def __repr__(self) -> str:
+        names = ", ".join(sorted(interface.__name__ for interface in self._components)) or "nothing"
+        owned = "" if self.owner is None else f" of {self.owner!r}"
+        return f"<{type(self).__name__} {self.handle}{owned}, {self._record.state}, keeps {names}>"
+
+
+for _each in [*vars(Componentized).values(), *vars(Session).values()]:
+    if isinstance(_each, FunctionType) and not _each.__name__.startswith("__"):
+        setattr(Session, _each.__name__, _Method(getattr(Session, _each.__name__)))
+_keepers.add(vars(Session)["getComponent"])
 
 GuardSession = Session
 
-# Strategy: Session.__setattr__ protects users, not us.  Setting a slot by its descriptor takes a
-# fifth of the time of `_put`, and requests set these again and again.
-_set_modified = Session.lastModified.__set__  # type: ignore[attr-defined]
-_set_hold = Session._hold.__set__
-_set_due = Session._due.__set__  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+
+    class _Adapted(Session):
+        def __init__(self, *args: Any) -> None: ...  # so that checkers look at Interface.__new__ only
+
+    class ISession(Interface, _Adapted): ...
+
+else:
+
+    class ISession(Interface):
+        """``ISession(environ)``: the `Session` of a WSGI environ, or of a request that has one (.environ, .env)."""
+
+        __advice__ = (
+            "there is no session here; wrap the application in SessionMiddleware (and ask within its path=), "
+            "and adapt the WSGI environ or a request that has it as .environ"
+        )
+
+
+implementer(ISession)(Session)
+
+
+# Strategy: where __setattr__ is guarded, setting slots by their descriptors takes a fifth of the time.
+_put_store, _put_record, _put_components, _put_token, _put_base = (
+    vars(Session)[name].__set__ for name in Session.__slots__
+)
+_put_dict = vars(Componentized)["__dict__"].__set__
+
+
+class _Look(Session):
+    """A session to look at only, as `peek` answers it: what is set on it would go nowhere, so it is refused."""
+
+    __slots__ = ()
+
+    def __init__(self, store: Any, record: _Record, request: Any = None) -> None:
+        _put_store(self, store)
+        _put_record(self, record)
+        _put_token(self, ref(self if request is None else request))
+        _put_base(self, None)
+        _put_components(self, record.components.copy())
+        _put_dict(self, record.attributes.copy())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in Session.__slots__ and name != "__dict__":
+            self._refuse()
+        object.__setattr__(self, name, value)
+
+    def _refuse(self, *args: object, **options: object) -> Any:
+        raise AttributeError("this is only a look at the session: take ISession(environ) to change anything on it")
+
+    __delattr__ = setComponent = unsetComponent = removeComponent = addComponent = addAdapter = setAdapter = _refuse
+    setLifetime = notifyOnExpire = renew = login = release = _refuse
+
+
+# Holding
+# ---------------------------------------------------------------------------
+
+_all_holds: weakref.WeakSet[_Holds] = weakref.WeakSet()
+
+
+def _busy(patience: float) -> SessionBusy:
+    message = (
+        f"another request has held this session for over {patience:g} s: make that request shorter, "
+        "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)"
+    )
+    return _with(SessionBusy(message), patience=patience)
+
+
+class _Waiter:
+    """Somebody who waits, by a lock of their own: made late, so that gevent may have replaced it by then."""
+
+    def __init__(self, token: Any) -> None:
+        self.token, self.lock = token, threading.Lock()
+        self.lock.acquire()
+
+    def wake(self) -> None:
+        try:
+            self.lock.release()
+        except RuntimeError:
+            pass  # another has woken it at this moment
+
+
+class _Turn:
+    """``with``: alone with *key*, until the block is left, or its frame is gone by an exception at any bytecode."""
+
+    def __init__(self, holds: _Holds, key: str) -> None:
+        self.holds, self.key, self.thread = holds, key, threading.get_ident()
+
+    def __enter__(self) -> Any:
+        token, before = ref(self), self.holds.holders.get(self.key)
+        if before is not None and getattr(before(), "thread", None) == self.thread:
+            # Turns aren't nested: an exception that is still in flight has torn us out of that one.
+            self.holds.free(self.key, before)
+        self.holds.take(self.key, token, 60)
+        return token
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.holds.free(self.key, ref(self))
+
+
+def _refuse_nested(token: Any) -> None:
+    """Raise if the request that holds a session is the one that called us: waiting for it would be in vain."""
+    request, frame = token and token(), sys._getframe(1)
+    while request is not None and frame is not None:
+        if frame.f_globals is globals() and frame.f_locals.get("exchange") is request:  # see SessionMiddleware
+            raise SessionBusy(
+                "a request asks for the session that the request around it holds (the application calls itself?): "
+                "call session.release() before that, or send another cookie"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+class _Holds:
+    """Who holds what, in one process.
+
+    A *token* is ``ref(request)``: Python keeps one of them, so that ``is`` compares, and it
+    answers None when the request is dead.  So a hold ends with its request, whatever happened to it.
+
+    Strategy: to take a free hold is one operation of a dict, without a lock, and to let go of it
+    when nobody waits is another.  Who must wait lines up: first come, first served.
+    """
+
+    def __init__(self) -> None:
+        self.holders: dict[str, Any] = {}  # by key: the token
+        self.lines: dict[str, dict[int, Any]] = {}  # by key: weak references to those who wait, in order
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        _all_holds.add(self)
+
+    def prune(self) -> None:
+        """Let go of what the dead hold that nobody has asked for since."""
+        for key, token in list(self.holders.items()):
+            if token() is None:
+                self.free(key, token)
+
+    def forget(self) -> None:
+        """In a forked child: the threads that held, locked or waited are gone."""
+        self.holders.clear()
+        self.lines.clear()
+        self._lock = threading.Lock()
+
+    def is_held(self, key: str) -> bool:
+        token = self.holders.get(key)
+        return token is not None and token() is not None
+
+    def alone(self, key: str) -> _Turn:
+        """For a few instructions of our own that must not overlap.  It can't be nested."""
+        return _Turn(self, key)
+
+    def take(self, key: str, token: Any, patience: float) -> None:
+        """Make *token* hold *key*, within *patience* seconds, or raise `SessionBusy`."""
+        if self.holders.setdefault(key, token) is not token:
+            self.wait(key, token, patience)
+
+    def free(self, key: str, token: Any) -> None:
+        """Let go of *key*, if *token* holds it: whoever has waited longest gets it."""
+        if self.holders.get(key) is token:
+            for waiter in self._waiting(key):
+                heir = waiter.token
+                if heir is not None:
+                    self.holders[key] = heir
+                    if waiter.token is None:  # it has given up at this moment
+                        self.free(key, heir)
+                    break
+            else:
+                self.holders.pop(key, None)
+        for waiter in self._waiting(key)[:1]:  # who has it now, or has lined up meanwhile
+            waiter.wake()
+
+    def _waiting(self, key: str) -> list[_Waiter]:
+        line = self.lines.get(key)
+        return [waiter for each in list(line.values()) if (waiter := each()) is not None] if line else []
+
+    def wait(self, key: str, token: Any, patience: float) -> None:
+        """Line up for *key*, which another holds."""
+        _refuse_nested(self.holders.get(key))
+        waiter, number, end = _Waiter(token), next(self._numbers), time.monotonic() + patience
+        taken, line = False, {}
+        try:
+            while True:
+                # Each time anew: who leaves the line last takes it away, and may not see who has just come.
+                line = self.lines.setdefault(key, {})
+                line[number] = ref(waiter)
+                first = next(iter(list(line))) == number
+                taken = self.holders.get(key) is token or (first and self.take_over(key, token))
+                rest = end - time.monotonic()
+                if taken or rest <= 0:
+                    break
+                # The first looks now and then whether the holder has died, the others whether they are first.
+                waiter.lock.acquire(timeout=min(rest, 0.05 if first else 1))
+        finally:
+            line.pop(number, None)
+            if not line:
+                self.lines.pop(key, None)
+            if not taken:
+                waiter.token = None
+                self.free(key, token)  # it may have been given to us at the last moment
+        if not taken:
+            raise _busy(patience)
+
+    def take_over(self, key: str, token: Any) -> bool:
+        """Take *key* if it is free or its holder is dead; is it ours?"""
+        holder = self.holders.setdefault(key, token)
+        if holder is not token and holder() is None:
+            # Only here is it replaced while it is held.  Who has this lock for a second has died in here.
+            self._lock.acquire(timeout=1)
+            if self.holders.get(key) is holder:
+                self.holders[key] = token
+            try:
+                self._lock.release()
+            except RuntimeError:
+                pass
+        return self.holders.get(key) is token
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    for holds in list(_all_holds):
+        holds.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# Records
+# ---------------------------------------------------------------------------
+
+# Plain values that may be stored though nobody declared them.  (Those in `_PLAIN` are part of the
+# pickle format itself.)
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset))
+_VALUES = frozenset(
+    "builtins.complex collections.deque collections.OrderedDict collections.Counter collections.defaultdict "
+    "datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone zoneinfo.ZoneInfo "
+    "decimal.Decimal fractions.Fraction uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address "
+    "pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath".split()
+)
+
+# How an object is made, in a call of `_make`: by its class's __new__, by calling the class, as an
+# enum's member, as a defaultdict with the factory of that name; or it is the session itself.
+_NEW_OBJECT, _CALL, _MEMBER, _FACTORY, _SESSION = range(5)
+
+# Classes about which the log has been told that no other process will find them.
+_warned: set[str] = set()
+
+
+def _make(name: str, how: int, *args: object) -> Any:
+    """Stands in a record for: an object of the class *name*.  Never called: `_read` puts another in its place."""
+
+
+def _fill(obj: object, filling: tuple[Any, Any, Any]) -> None:
+    """Stands in a record for: set the state of *obj*, append items, set pairs.  Never called either."""
+
+
+def _value_name(cls: type) -> str:
+    return _name(cls).replace("pathlib._local.", "pathlib.")  # where Python 3.13 has it
+
+
+def _find_class(name: str) -> Any:
+    """The class that may be stored under *name*.  It is never imported for that, unless it is in `_VALUES`."""
+    cls: Any = _storables.get(name)
+    if cls is None and name in _VALUES:
+        module, _, attribute = name.rpartition(".")
+        cls = getattr(__import__(module), attribute)
+    if cls is None:
+        raise SealError(f"no class {name} was declared in this process: import its module, decorate it with @storable")
+    return cls
+
+
+def _build(cls: Any, how: int, args: Sequence[Any]) -> Any:
+    """An object of *cls*; SealError for one that others have, too: a record may only fill what it has made."""
+    build: Any = cls if how == _CALL else partial(cls.__new__, cls)
+    made = build(*args)
+    if (isinstance(cls.__new__, FunctionType) or type(cls).__call__ is not type.__call__) and build(*args) is made:
+        raise SealError(f"{_name(cls)} gives the same object to all who ask; only an enum may do that")
+    return made
+
+
+class _Closed:
+    """Stands for an object that can't be opened in this process; written again, it is what it was."""
+
+    def __init__(self, error: Exception, *call: Any) -> None:
+        self.error, self.call, self.filling = error, call, None
+
+    def reduced(self) -> tuple[Any, ...]:
+        return (_make, self.call) if self.filling is None else (_make, self.call, self.filling, None, None, _fill)
+
+
+class _Writer(pickle.Pickler):
+    """Pickles what is on *session* so that only plain values and declared classes take part.
+
+    No class or function gets into the record.  An object is written as ``_make(name of its class,
+    how, ...)`` and filled by ``_fill``.  With *strict*, what can't be opened is an error.
+    """
+
+    # What errors call what is being written.
+    name = ""
+
+    def __init__(self, file: Any, session: Session, strict: bool = False) -> None:
+        super().__init__(file, 5)
+        self.session, self.strict = session, strict
+
+    def offence(self, offender: str) -> NotStorable:
+        message = (
+            f"{self.name} can't be stored, it contains {offender}: decorate a class of yours with @storable (or "
+            "@implementer), leave open files, locks and functions out of components (see __getstate__), or use a "
+            "MemoryStore"
+        )
+        return _with(NotStorable(message), name=self.name, offender=offender)
+
+    def class_name(self, cls: Any) -> str:
+        name = _value_name(cls)
+        if _storables.get(name) is not cls and name not in _VALUES:
+            raise self.offence(f"an object of class {name}, which isn't declared")
+        if (cls.__module__ == "__main__" or "<locals>" in name) and name not in _warned:
+            _warned.add(name)
+            _log(logging.WARNING, "unfindable", "-", "keeps a %s, which other processes can't find: use a module", name)
+        return name
+
+    def add(self, name: str, each: object) -> None:
+        self.name = f"the attribute {name[1:]}" if name.startswith(".") else f"the component {name}"
+        try:
+            self.dump((name, each))
+        except NotStorable:
+            raise
+        except Exception as error:
+            raise self.offence(f"what pickle refuses ({error})") from error
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind in _PLAIN or obj is _make or obj is _fill:
+            return NotImplemented
+        if isinstance(obj, Session) and obj._record.key == self.session._record.key:
+            return _make, ("", _SESSION)  # this view of it, or that of another request
+        if kind is _Closed:
+            if self.strict:
+                raise obj.error
+            return obj.reduced()
+        if isinstance(obj, type):
+            raise self.offence(f"the class {_name(obj)} itself")
+        name = _value_name(kind)
+        if isinstance(obj, enum.Enum):
+            return _make, (self.class_name(kind), _MEMBER, obj.name if obj.name in kind.__members__ else obj.value)
+        if name == "zoneinfo.ZoneInfo" and obj.key is not None:
+            return _make, (name, _CALL, obj.key)
+        if name == "collections.defaultdict":
+            factory: Any = obj.default_factory
+            if factory is not None and not isinstance(factory, type):
+                raise self.offence(f"a defaultdict with {factory!r}, which is no declared class, nor int, list, ...")
+            kept = "" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)
+            return _make, (name, _FACTORY, kept), (None, None, list(obj.items())), None, None, _fill
+        return self.reduced(obj, kind)
+
+    def reduced(self, obj: Any, kind: type) -> tuple[Any, ...]:
+        """What the object itself wants to be written as, by our functions."""
+        reduce = copyreg.dispatch_table.get(kind)
+        try:
+            reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
+        except TypeError as error:
+            raise self.offence(f"an object of class {_name(kind)} ({error})") from error
+        if isinstance(reduced, str):
+            raise self.offence(f"{reduced} of {kind.__module__}")
+        function, args, *rest = reduced
+        state, items, pairs = (*rest, None, None, None)[:3]
+        cls: Any = function
+        how = _CALL
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            (cls, *args), how = args, _NEW_OBJECT
+        elif not isinstance(function, type):
+            by = getattr(function, "__qualname__", repr(function))
+            raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
+        call: Any = (self.class_name(cls), how, *args)
+        if isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
+            raise self.offence(f"the one object of class {_name(cls)}, which all share: make it an enum")
+        if state is None and items is None and pairs is None:
+            return _make, call
+        return _make, call, (state, items and list(items), pairs and list(pairs)), None, None, _fill
+
+
+def _dump(session: Any, closed: dict[str, Any]) -> bytes:
+    """The content of a record: all components and attributes of *session*, and what is *closed* on it.
+
+    Pairs of a name, that of an interface or "." and that of an attribute, and what is kept there,
+    pickled one after the other with one memo: what they share stays shared.
+    """
+    file = io.BytesIO()
+    writer, written = _Writer(file, session), set()
+    for interface, component in list(session._components.items()):
+        name = _name(interface)
+        if _interfaces.get(name) is not interface:
+            writer.name = f"the component {name}"
+            raise writer.offence("a name that now means another interface of that name")
+        written.add(name)
+        writer.add(name, component)
+    for name, value in list(vars(session).items()):
+        written.add("." + name)
+        writer.add("." + name, value)
+    for name, (kept, _) in closed.items():
+        if name not in written:
+            writer.add(name, kept)
+    return file.getvalue()
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles with *functions* for `_make` and `_fill`; no record gets at anything else."""
+
+    def __init__(self, content: bytes, **functions: Any) -> None:
+        super().__init__(io.BytesIO(content))
+        self.functions = functions
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.functions:
+            raise SealError(f"a record asks for {module}.{name}")
+        return self.functions[name]
+
+
+class _Failed(Exception):
+    """The object with this number can't be filled."""
+
+
+def _fill_object(obj: Any, state: Any, items: Any, pairs: Any) -> None:
+    """Do what pickle does with the state, items and pairs of a reduced object."""
+    if items is not None:
+        obj.extend(items)
+    for key, value in pairs or ():
+        obj[key] = value
+    if state is not None and hasattr(obj, "__setstate__"):
+        obj.__setstate__(state)
+    elif state is not None:
+        state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+        if state:
+            obj.__dict__.update(state)
+        for name, value in (slots or {}).items():
+            setattr(obj, name, value)
+
+
+def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
+    cls = _find_class(name)
+    if how == _MEMBER and issubclass(cls, enum.Enum):
+        return cls[args[0]] if isinstance(args[0], str) and args[0] in cls.__members__ else cls(*args)
+    if how == _FACTORY:
+        plain = {each.__name__: each for each in _PLAIN}
+        return cls(plain.get(args[0]) or _find_class(args[0]) if args[0] else None)
+    return _build(cls, how, args)
+
+
+def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
+    made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
+
+    # These are made anew for each reading: all that a forged record can do to them dies with it.
+    def make(name: str, how: int, *args: Any) -> Any:
+        if how == _SESSION:
+            return session
+        number = len(made)
+        try:
+            error = failed.get(number) or failed.get(name)
+            if error is not None:
+                raise error
+            obj = _make_object(name, how, args)
+            if how == _MEMBER:
+                return obj
+        except Exception as error:
+            failed.setdefault(number, error)
+            obj = _Closed(error, name, how, *args)
+        made[id(obj)] = obj, number, name
+        return obj
+
+    def fill(obj: Any, filling: tuple[Any, Any, Any]) -> None:
+        if id(obj) not in made:
+            raise SealError("a record can't set the state of what it hasn't made")
+        try:
+            if type(obj) is _Closed:
+                obj.filling = filling  # type: ignore[assignment]
+            else:
+                _fill_object(obj, *filling)
+        except Exception as error:
+            raise _Failed(*made[id(obj)][1:], error) from error
+
+    loaded: dict[str, Any] = {}
+    reader = _Reader(content, _make=make, _fill=fill)
+    while True:
+        try:
+            name, each = reader.load()
+        except EOFError:
+            return loaded
+        if type(name) is not str:
+            raise SealError("the record has another form than this version writes")
+        loaded[name] = each
+
+
+def _load(content: bytes, session: Any) -> tuple[dict[str, Any], bool]:
+    """What `_dump` wrote, by name, and whether anything in it is closed.
+
+    An object whose class is missing or fails is a `_Closed`.  If it fails only when it is filled,
+    others have it in hand already; then all of it is read again, with that one closed.
+    """
+    failed: dict[int | str, Exception] = {}  # by the number of the object, or by the name of its class
+    for attempt in itertools.count():
+        try:
+            return _read(content, session, failed), bool(failed)
+        except _Failed as error:
+            number, name, cause = error.args
+            failed[number if attempt < 20 else name] = cause
+    raise AssertionError
+
+
+def _trouble(session: Any, kept: object) -> Exception | None:
+    """Why *kept* can't be opened: the error of what is closed in it."""
+    try:
+        _Writer(io.BytesIO(), session, strict=True).dump(kept)
+    except NotStorable:
+        pass  # what it was written from could be written
+    except Exception as error:
+        return error
+    return None
 
 
 # Memory store
 # ---------------------------------------------------------------------------
 
 
-def _new_uid() -> str:
-    """256 random bits, URL-safe: 43 letters, digits, "-" and "_"."""
-    global _new_uid
-    from functools import partial  # Strategy: secrets takes 4 ms to import, and each import statement 0.8 us.
-    from secrets import token_urlsafe
+class _Moved:
+    ended = True
 
-    _new_uid = partial(token_urlsafe, 32)
-    return _new_uid()
+    def __repr__(self) -> str:
+        return "minisess.MOVED"
+
+
+#: The third answer of ``store.open(uid)``, beside a session and None: *uid* has moved on to a new one.
+MOVED: Any = _Moved()
+
+# For how many seconds a store remembers that.  The browser's requests that were sent before the
+# login's answer came back arrive within it.
+_REMEMBERED = 60
+
+_NEVER = float("inf")
 
 
 class IStore(Interface):
@@ -1007,11 +1671,15 @@ class IStore(Interface):
         """A fresh session.  It isn't in the store before it is saved."""
         ...
 
-    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
-        """The live session *uid*, its idle clock started again, or None.
+    def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
+        """The live session *uid*, its idle clock started again; or None, or `MOVED`.
 
-        With *hold*, nobody else can open it before `release`; wait *patience* seconds for that.
+        *request*, or the session itself, holds it until `save` or `release`, or as long as that
+        object lives.  Waits *patience* seconds for others that hold it.
         """
+
+    def peek(self, uid: str, request: object = None) -> Session | None:
+        """The live session *uid* as it was last saved, to look at; or None, or `MOVED`.  Waits for nobody."""
         ...
 
     def save(self, session: Session) -> None:
@@ -1019,6 +1687,9 @@ class IStore(Interface):
 
         Starts its idle clock again.  One that was ended meanwhile isn't stored, that is only logged.
         """
+
+    def touch(self, session: Session) -> None:
+        """Start its idle clock again, held or not."""
         ...
 
     def release(self, session: Session) -> None:
@@ -1026,8 +1697,10 @@ class IStore(Interface):
         ...
 
     def renew(self, session: Session, **fields: object) -> None:
-        """Move the session to a new uid and set *fields* on it; the old uid is dead from now on."""
-        ...
+        """Move the session to a new uid and set *fields* on it; the old uid is dead from now on.
+
+        If it belonged to another owner than that in *fields*, that one's session ends and this one is empty.
+        """
 
     def discard(self, session: Session) -> None:
         """End the session: gone at once, its callbacks run."""
@@ -1037,8 +1710,16 @@ class IStore(Interface):
         """End all that have expired and aren't held; answers how many.  (Requests do that bit by bit.)"""
         ...
 
+    def sessions(self, owner: str) -> list[Session]:
+        """The live sessions of *owner* as they were last saved, the oldest first; to look at, and to `expire`."""
+        ...
+
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
         """End all sessions of *owner* but *keep*; answers how many."""
+        ...
+
+    def clear(self) -> int:
+        """End everybody's sessions; answers how many."""
         ...
 
     def __len__(self) -> int:
@@ -1046,671 +1727,518 @@ class IStore(Interface):
         ...
 
 
-_NEVER = float("inf")
-# The deadline of a session that has no entry in the heap: NaN, neither early nor late, nor equal to itself.
-_UNSCHEDULED = float("nan")
+def _require_owner(owner: object) -> None:
+    if not isinstance(owner, str) or not owner:
+        raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}; store.clear() ends everybody's")
 
-_memory_stores: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
+
+def _raise_first(errors: Iterable[BaseException | None]) -> None:
+    """Raise the first of what callbacks raised that was no Exception."""
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _spare(errors: Iterable[BaseException | None]) -> None:
+    """The same for callbacks that ran on the occasion of a request which has nothing to do with them.
+
+    A SystemExit is theirs, and has been logged.  Anything else (Ctrl-C, gevent's Timeout) came from outside.
+    """
+    _raise_first(error for error in errors if not isinstance(error, SystemExit))
+
+
+def _component_callback(session: Any, callback: Any) -> tuple[str, str]:
+    """How a callback is stored: the interface of a component, and the name of one of its methods."""
+    target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
+    for interface, component in list(session._components.items()):
+        if component is target and getattr(component, name, None) == callback:
+            return _name(interface), name
+    raise TypeError(
+        f"on a persistent store a callback is a method of one of the session's components, which {callback!r} "
+        "isn't: setComponent() first, then session.notifyOnExpire(component.method)"
+    )
+
+
+def _log_moved(record: _Record, event: str) -> None:
+    _log(logging.INFO, event, record.handle, "is its new id", owner=record.owner)
+
+
+def _log_lost(session: Session) -> None:
+    _log(logging.WARNING, "lost", session.handle, "was ended while a request used it: nothing is saved")
+
+
+def _conflict(session: Session) -> SessionConflict:
+    _log(logging.WARNING, "conflict", session.handle, "was changed by another request: nothing is saved")
+    return SessionConflict(
+        "another request has changed this session since this one let go of it (by session.release(), or when its "
+        "headers left), so what this one changed afterwards isn't saved: change it before, or in a request of its own"
+    )
+
+
+def _ended_error() -> SessionError:
+    return SessionError("this session has ended: ISession(environ) answers a new one")
+
+
+def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Have both the same objects?"""
+    return len(one) == len(other) and all(key in other and other[key] is each for key, each in one.items())
+
+
+def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
+    return heap[0] if heap else (_NEVER, "")
 
 
 @implementer(IStore)
 class MemoryStore:
     """Live sessions in a dict, for one process; they end with it.
 
-    *capacity* bounds their number: past it, expired ones go first, then those that are closest to
-    expiry (ones in use stay).  *clock* answers UNIX time in seconds.
+    *capacity* bounds their number: past it, expired ones go first, then anonymous ones, then those
+    with an owner, always those closest to their end first (ones in use stay).  *strict* refuses what
+    a persistent store would refuse, so that it is noticed before the day of the move.  *clock*
+    answers UNIX time in seconds.
 
-    Strategy: opening and letting go take no lock.  Single dict operations are atomic, so
-    ``_held.setdefault(uid, token)`` decides who holds a session.  Only those who must wait use the
-    condition `_freed`; `_lock` guards the heap and changes of uids and owners.
+    Components are live objects: what a request does to one is done, also if the request fails.
 
-    The heap has one deadline for each session, never later than the real one.  Requests only move
-    the real deadline on; the heap is put right when its entry comes to the top.
+    Strategy: opening and letting go take no lock, see `_Holds`.  A heap has one deadline for each
+    session, never later than the real one: requests only move the real one on, and the heap is put
+    right when its entry comes to the top.  What moves or ends a record is done alone.
     """
 
     # Each access looks at no more due sessions than this.  It has to be over 1 for the abandoned
     # ones to become fewer while each access adds one.
     _batch = 4
 
-    def __init__(self, *, capacity: int | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, capacity: int | None = None, strict: bool = False, clock: Clock = time.time) -> None:
         if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
             raise ValueError(f"capacity is the largest number of sessions, 1 or more, not {capacity!r}")
-        self.capacity = capacity
-        self.clock = clock
-        self._sessions: dict[str, Session] = {}
-        self._owned: dict[str, set[Session]] = {}
-        self._heap: list[tuple[float, str]] = []
-        self._next = _NEVER  # the deadline on top of the heap
-        self._held: dict[str, int] = {}
-        self._unlock()
-        _memory_stores.add(self)
-
-    def _unlock(self) -> None:
-        """Start with nothing held or locked: when new, and in a forked child, whose parent's threads are gone."""
-        # Reentrant, since the garbage collector may let go of a session (_Body.__del__) in a thread that has a lock.
-        self._lock = RLock()
-        self._freed = Condition(RLock())
-        self._waiting = 0
-        self._held.clear()
+        self.capacity, self.strict, self.clock = capacity, strict, clock
+        self.holds = _Holds()
+        self._holders = self.holds.holders
+        self._records: dict[str, _Record] = {}
+        self._owned: dict[str, dict[_Record, None]] = {}
+        self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
+        # Deadlines of anonymous sessions and of owners', and those that aren't in these heaps yet.
+        self._heaps: tuple[list[tuple[float, str]], list[tuple[float, str]]] = ([], [])
+        self._fresh: deque[tuple[float, str, bool]] = deque()
+        self._next = _NEVER  # no deadline is earlier
+        self._running: dict[Any, None] = {}  # weak references to views that have let go and may still be used
+        self._forget = self._running.pop
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self._records)
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
-        return Session(self, _new_uid(), self.clock(), lifetime, max_lifetime)
+        uid = _new_uid()
+        return Session(self, _Record(uid, uid, self.clock(), lifetime, max_lifetime))
 
-    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
+    def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
         now = self.clock()
         if now >= self._next:
-            self._reclaim(now, self._batch)
-        token = None
-        if hold:
-            # Strategy: an int of its own each time, so `is` tells requests apart, even of one thread.
-            token = get_ident()
-            if self._held.setdefault(uid, token) is not token:
-                self._wait(uid, token, patience)
-                now = self.clock()
-        session = self._sessions.get(uid)
-        if session is None:
-            self._free(uid, token)
+            self._reclaim(now)
+        record = self._records.get(uid)
+        if record is None:
+            return self._missing(uid, now)
+        session = Session(self, record, request)
+        token = session._token
+        if self._holders.setdefault(uid, token) is not token:
+            try:
+                self.holds.wait(uid, token, patience)
+            except SessionBusy:
+                _log(logging.INFO, "busy", session.handle, "is busy", owner=record.owner)
+                raise
+            now = self.clock()
+        if record.state is not _STORED or record.key != uid:
+            self.holds.free(uid, token)
+            return self._missing(uid, now)
+        if now >= record.due and now >= record.expires:  # in this order: mostly the first will do
+            _spare(self._end([record], "", now))
             return None
-        if hold:
-            _set_hold(session, token)
-        if now >= session.lastModified + session.lifetime or now >= session._since + session.max_lifetime:
-            if hold or uid not in self._held:  # who holds it is the one to judge it
-                self.discard(session)
-            self._free(uid, token)
-            return None
-        _set_modified(session, now)
+        record.lastModified = now
         return session
 
-    def _wait(self, uid: str, token: int, patience: float) -> None:
-        """Wait until *token* holds the session *uid*, or there is none (any more)."""
-        end = time.monotonic() + patience
-        with self._freed:
-            self._waiting += 1
-            try:
-                while uid in self._sessions and self._held.setdefault(uid, token) is not token:
-                    rest = end - time.monotonic()
-                    if rest <= 0:
-                        raise SessionBusy(patience)
-                    self._freed.wait(rest)
-            finally:
-                self._waiting -= 1
+    def _missing(self, uid: str, now: float) -> Session | None:
+        return MOVED if self._moved.get(uid, now) > now else None
 
-    def _free(self, uid: str, token: int | None) -> None:
-        if token is not None and self._held.get(uid) is token:
-            self._held.pop(uid, None)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting:
-            with self._freed:
-                self._freed.notify_all()
+    def peek(self, uid: str, request: object = None) -> Session | None:
+        record, now = self._records.get(uid), self.clock()
+        if record is not None and now < record.expires:
+            session = _Look(self, record, request)
+            self._running[ref(session, self._forget)] = None
+            if record.key == uid:  # still: who moves it later cuts it off
+                if now - record.lastModified >= record.lifetime / 8:
+                    record.lastModified = now
+                return session
+        return self._missing(uid, now)
 
     def save(self, session: Session) -> None:
-        now, uid = self.clock(), session.uid
-        if session._state is _STORED:
-            _set_modified(session, now)
-        elif session._state is _ENDED:
-            _log(30, uid, "has ended while a request used it: nothing is saved")
-        elif not session._is_empty():
-            _set_modified(session, now)
-            self._insert(session, now)
-        # Strategy: this is _free, without the call.  The session may be held by another request, if
-        # this one saves what its body did after it had let go.
-        token = session._hold
-        if token == get_ident() and self._held.get(uid) is token:
-            self._held.pop(uid, None)
-        if self._waiting:
-            self._wake()
-        # Its entry in the heap may be early but not late, and not missing.  After it is let go: see _take.
-        if session._state is _STORED and not now + session.lifetime >= session._due:
-            with self._lock:
-                self._schedule(session)
+        record, now = session._record, self.clock()
+        token, key = session._token, record.key
+        if session._base is not None:
+            self.save_late(session)
+        elif record.state is _STORED and self._holders.get(key) is token:
+            if self.strict:
+                _dump(session, {})
+            request = token()
+            if request is None or not request._over:
+                self._let_go(session)
+            record.lastModified = now
+            if record.due > now + record.lifetime or record.due > record.since + record.max_lifetime:
+                self._schedule(record)
+            # Strategy: where nobody waits this is holds.free, without the call.
+            if key not in self.holds.lines:
+                self._holders.pop(key, None)
+            if key in self.holds.lines:
+                self.holds.free(key, token)
+        elif record.state is _ENDED:
+            _log_lost(session)
+        elif record.state is _NEW and not record.is_empty():
+            self._check(session)
+            record.lastModified = now
+            self._insert(record, now)
+            self._let_go(session)
+
+    def _check(self, session: Session) -> None:
+        if self.strict:
+            _dump(session, {})
+
+    def _let_go(self, session: Session) -> None:
+        """From here on *session* has contents of its own, and is cut off when somebody moves its record."""
+        record = session._record
+        session._base = record.attributes.copy(), record.components.copy()
+        session._detach()
+        self._running[ref(session, self._forget)] = None
+
+    def save_late(self, session: Session) -> None:
+        """Save what was changed without a hold, if nobody else has changed it; `SessionConflict` otherwise."""
+        record, base, mine = session._record, session._base, (vars(session), session._components)
+        if record.state is _STORED and record.expires < record.due:  # by setLifetime()
+            self._schedule(record)
+        if record.state is not _STORED or all(map(_same, mine, base)):
+            return
+        self._check(session)
+        key, token, now = record.key, session._token, self.clock()
+        self.holds.take(key, token, getattr(token(), "_patience", 10))
+        try:
+            shared = record.attributes, record.components
+            if record.state is not _STORED or record.key != key or now >= record.expires:
+                _log_lost(session)
+            elif not all(map(_same, shared, base)):
+                raise _conflict(session)
+            else:
+                for theirs, ours in zip(shared, mine, strict=True):
+                    theirs.clear()
+                    theirs.update(ours)
+                record.lastModified = now
+                self._let_go(session)
+        finally:
+            self.holds.free(key, token)
+
+    def touch(self, session: Session) -> None:
+        record, now = session._record, self.clock()
+        if now < record.expires or session._is_holding():
+            record.lastModified = now
 
     def release(self, session: Session) -> None:
-        self._free(session.uid, session._hold)
-        if session._due != session._due and session._state is _STORED:  # it is _UNSCHEDULED
-            with self._lock:
-                self._schedule(session)
+        record = session._record
+        if session._is_holding():
+            self._let_go(session)
+            if record.expires < record.due:  # it was found in use when it was due
+                self._schedule(record)
+            self.holds.free(record.key, session._token)
 
-    def _insert(self, session: Session, now: float) -> None:
-        if now >= self._next:
-            self._reclaim(now, self._batch)
-        with self._lock:
-            evicted = [] if self.capacity is None else self._evict(self.capacity - 1, now)
-            session._put(_state=_STORED)
-            self._enter(session)
-        _log(20, session.uid, "created")
-        if evicted:
-            self._end_all(evicted)
+    def leave(self, session: Session) -> None:
+        """The response is over: what keeps the session shares the record's contents again."""
+        if session._base is not None and session._record.state is _STORED:
+            session._bind(session._record)
+        self._running.pop(ref(session), None)
 
-    def _enter(self, session: Session) -> None:
-        """Add it to the dict, its owner's sessions and the heap (under the lock)."""
-        self._sessions[session.uid] = session
-        if session.owner is not None:
-            self._owned.setdefault(session.owner, set()).add(session)
-        self._schedule(session)
+    def refresh(self, session: Session) -> None:
+        """Find out whether it has ended: that is known at once."""
 
-    def _leave(self, session: Session) -> bool:
-        """Take it out again (under the lock); was it there?  Its entry in the heap is void then."""
-        if self._sessions.pop(session.uid, None) is not session:
-            return False
-        if session.owner is not None:
-            sessions = self._owned.get(session.owner, set())
-            sessions.discard(session)
-            if not sessions:
-                self._owned.pop(session.owner, None)
-        return True
+    def renew(self, session: Session, **fields: Any) -> None:
+        record: _Record = session._record
+        token, now, uid, old, fresh = session._token, self.clock(), _new_uid(), record.key, record
+        if record.owner not in (None, fields.get("owner", record.owner)):
+            fresh = _Record(uid, uid, now, record.lifetime, record.max_lifetime)
+        if record.state is _STORED:
+            self.holds.take(uid, token, 0)
+            with self.holds.alone("moving"):
+                if self._records.get(old) is not record:
+                    self.holds.free(uid, token)
+                    raise _ended_error()
+                self._move(record, fresh, uid, fields)
+        else:
+            fresh.set(uid=uid, key=uid, **fields)
+            fresh.state = _NEW if "owner" in fields else record.state  # a login makes a stand-in real
+        session._bind(fresh)
+        _log_moved(fresh, "login" if "owner" in fields else "renewed")
+        self.holds.free(old, token)
+        if fresh is not record:
+            _raise_first([record.end("another", self.live_callback)])
 
-    def renew(self, session: Session, **fields: object) -> None:
-        old, new, token = session.uid, _new_uid(), session._hold
-        mine = token == get_ident() and self._held.get(old) is token
-        if not mine:
-            # After session.release(), or without locking: nobody may let go or get hold of it meanwhile.
-            token = get_ident()
-            if self._held.setdefault(old, token) is not token:
-                self._wait(old, token, 10)
-        with self._lock:
-            late = session.uid != old  # another thread has renewed it
-            if not late:
-                stored = self._leave(session)
-                if mine:
-                    self._held[new] = token
-                else:
-                    _set_hold(session, None)  # whose it was before has let go, and isn't told the new uid
-                session._put(uid=new, **fields)
-                if stored:
-                    self._enter(session)
-        self._free(old, token)
-        if late:
-            self.renew(session, **fields)
+    def _move(self, record: _Record, fresh: _Record, uid: str, fields: dict[str, Any]) -> None:
+        """Let *fresh*, mostly the same, be found under *uid* instead of *record* (alone).
+
+        What helps to find it comes before the dict and leaves after it, so that an exception in
+        between loses nothing.
+        """
+        old, owner = record.key, record.owner
+        self._cut(record)
+        self._own(fresh, fields.get("owner", owner))
+        self._moved[old] = until = self.clock() + _REMEMBERED
+        self._next = min(self._next, until)
+        self._fresh.append((until, uid, False))  # should an exception come now, this entry is found
+        self._records[uid] = fresh
+        fresh.set(uid=uid, key=uid, state=_STORED, **fields)
+        self._schedule(fresh)
+        self._records.pop(old, None)
+        if fresh is not record:
+            record.state = _ENDED
+        if fresh is not record or fresh.owner != owner:
+            self._disown(record, owner)
+
+    def _cut(self, record: _Record) -> None:
+        """Cut off all other views of *record* that still run without a hold."""
+        for reference in list(self._running):
+            view = reference()
+            if view is not None and view._record is record and not view._is_over():
+                view._cut()
+
+    def _own(self, record: _Record, owner: str | None) -> None:
+        if owner is not None:
+            self._owned.setdefault(owner, {})[record] = None
+
+    def _disown(self, record: _Record, owner: str | None) -> None:
+        if owner is not None:
+            self._owned.get(owner, {}).pop(record, None)
+            if not self._owned.get(owner):
+                self._owned.pop(owner, None)
+
+    def _insert(self, record: _Record, now: float) -> None:
+        with self.holds.alone("moving") as token:
+            ended = self._due(now, self._batch, token) if now >= self._next else []
+            if self.capacity is not None:
+                ended += self._evict(self.capacity - 1, now, token)
+            self._settle()
+            self._own(record, record.owner)
+            self._schedule(record)
+            record.state = _STORED
+            self._records[record.key] = record
+        _log(logging.INFO, "created", record.handle, "created", owner=record.owner)
+        _spare(self._finish(ended, "", now))
+
+    # Ending
 
     def discard(self, session: Session) -> None:
-        # Whoever takes it out of the dict ends it; and outside the lock, so that callbacks may use the store.
-        with self._lock:
-            mine = self._leave(session)
-        if mine or session._state is _NEW:
-            session._end()
-            self._wake()
-
-    def sweep(self) -> int:
-        return self._reclaim(self.clock(), len(self._heap))
+        record = session._record
+        if record.state is _STORED:
+            _raise_first(self._end([record], "logout"))
+        elif record.state is not _ENDED:
+            _raise_first([record.end("logout", self.live_callback)])
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
-        with self._lock:
-            sessions = [s for s in list(self._owned.get(owner, ())) if s is not keep and self._leave(s)]
-        return self._end_all(sessions)
+        _require_owner(owner)
+        kept = None if keep is None else keep._record
+        return self._raise_end(record for record in list(self._owned.get(owner, ())) if record is not kept)
 
-    def _end_all(self, sessions: list[Session]) -> int:
-        for session in sessions:
-            session._put(_state=_ENDED)  # for those who use one whose turn comes late
-        for session in sessions:
-            session._end()
-        self._wake()
-        return len(sessions)
+    def clear(self) -> int:
+        with self.holds.alone("moving"):
+            self._mend()
+        return self._raise_end(list(self._records.values()))
 
-    def _schedule(self, session: Session) -> None:
-        """Enter the session into the heap (under the lock); an earlier entry of it is void from now on."""
-        deadline = session.expires
-        _set_due(session, deadline)
-        heappush(self._heap, (deadline, session.uid))
-        if len(self._heap) > 4 * len(self._sessions) + 100:
-            # Three in four are void: those of renewed and ended sessions with long lifetimes.
-            self._heap[:] = [(s._due, uid) for uid, s in self._sessions.items() if s._due == s._due]
-            heapify(self._heap)
-        self._next = self._heap[0][0] if self._heap else _NEVER
+    def _mend(self) -> None:
+        """Drop second entries of records, which an exception in the middle of a move has left."""
+        for key, record in list(self._records.items()):
+            if record.key != key:
+                self._records.pop(key, None)
 
-    def _take(self, now: float) -> Session | None:
-        """Take the first entry from the heap, and its session out of the store; None if the entry was out of date."""
-        deadline, uid = heappop(self._heap)
-        session = self._sessions.get(uid)
-        if session is None or session._due != deadline:
-            return None
-        # Who takes it out holds it first, so that no request gets hold of what is about to end.
-        token = get_ident()
-        while self._held.setdefault(uid, token) is not token:
-            _set_due(session, _UNSCHEDULED)  # it is judged when it is let go; has that just been?
-            if uid in self._held:
-                return None
-        due = session.expires <= max(now, deadline)  # _evict comes before the deadline
-        if due:
-            self._leave(session)
+    def _raise_end(self, records: Iterable[_Record]) -> int:
+        errors = self._end(records, "all")
+        _raise_first(errors)
+        return len(errors)
+
+    def sweep(self) -> int:
+        now = self.clock()
+        with self.holds.alone("moving") as token:
+            self._mend()
+            records = self._due(now, _NEVER, token)
+        errors = self._finish(records, "", now)
+        _raise_first(errors)
+        return len(errors)
+
+    def sessions(self, owner: str) -> list[Session]:
+        _require_owner(owner)
+        now = self.clock()
+        live = [record for record in list(self._owned.get(owner, ())) if now < record.expires]
+        return [_Look(self, record) for record in sorted(live, key=attrgetter("created"))]
+
+    def _end(self, records: Iterable[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
+        with self.holds.alone("moving"):
+            mine = [record for record in records if self._take_out(record)]
+        return self._finish(mine, reason, now)
+
+    def _take_out(self, record: _Record) -> bool:
+        """Take *record* out (alone); was it there?  Who takes it out ends it."""
+        if self._records.get(record.key) is not record:
+            return False
+        record.hold, record.state = self.holds.holders.get(record.key), _ENDED
+        self._records.pop(record.key, None)
+        self._disown(record, record.owner)
+        return True
+
+    def _finish(self, records: list[_Record], reason: str, now: float) -> list[BaseException | None]:
+        """End what was taken out, when nobody has to wait for it any more: callbacks may use the store."""
+        for record in records:
+            self._cut(record)
+            self.holds.free(record.key, record.hold)
+        return [record.end(reason or record.why(now), self.live_callback) for record in records]
+
+    # Deadlines
+
+    def _schedule(self, record: _Record) -> None:
+        """Have its deadline looked at; an earlier entry is void from now on."""
+        record.due = due = record.expires
+        self._fresh.append((due, record.key, record.owner is not None))
+        self._next = min(self._next, due)
+
+    def _reclaim(self, now: float) -> None:
+        """Look at some sessions that may be due, and end those that are, unless somebody is at it."""
+        if not self.holds.is_held("moving"):
+            with self.holds.alone("moving") as token:
+                records = self._due(now, self._batch, token)
+            _spare(self._finish(records, "", now))
+
+    def _due(self, now: float, limit: float, token: Any) -> list[_Record]:
+        """Take out those that have expired, of *limit* that may have (alone)."""
+        taken: list[_Record] = []
+        self._settle()
+        while limit > 0 and (heap := min(self._heaps, key=_top)) and heap[0][0] <= now:
+            limit -= 1
+            taken += self._take(heap, now, token)
+        for uid, until in list(itertools.islice(self._moved.items(), self._batch)):
+            if not now < until <= now + _REMEMBERED:  # or the clock was put back
+                self._moved.pop(uid, None)
+        moved = next(iter(self._moved.values()), _NEVER)
+        self._next = min(moved, *(_top(heap)[0] for heap in self._heaps))
+        self._next = min([self._next, *(due for due, _, _ in list(self._fresh))])  # what has come meanwhile
+        return taken
+
+    def _settle(self) -> None:
+        """Bring the heaps up to date (alone)."""
+        while self._fresh:
+            due, key, owned = self._fresh.popleft()
+            heappush(self._heaps[owned], (due, key))
+        for heap in self._heaps:
+            if len(heap) > 4 * len(self._records) + 100:
+                # Three in four are void: those of renewed and ended sessions with long lifetimes.
+                heap[:] = {(due, key) for due, key in heap if key in self._records and due == self._records[key].due}
+                heapify(heap)
+
+    def _take(self, heap: list[tuple[float, str]], now: float, token: Any) -> list[_Record]:
+        """Take the first entry from a heap, and its record out if that is its end and nobody uses it (alone)."""
+        due, key = heappop(heap)
+        record = self._records.get(key)
+        if record is not None and record.key != key:
+            self._records.pop(key, None)  # an exception has torn a move in two
+        if record is None or record.due != due or record.key != key:
+            return []  # void
+        if not self.holds.take_over(key, token):
+            record.due = max(now, due) + 10  # in use: judged when it is let go, or later if its request has died
+        elif record.expires > max(now, due):
+            record.due = record.expires  # it was used after its entry was made
         else:
-            self._schedule(session)  # it was used after its entry was made
-        self._held.pop(uid, None)  # those who wait are woken by _end_all, outside the lock
-        return session if due else None
+            self._take_out(record)
+        self.holds.free(key, token)
+        if record.state is _ENDED:
+            return [record]
+        heappush(heap, (record.due, key))
+        return []
 
-    def _reclaim(self, now: float, limit: int) -> int:
-        """Look at *limit* sessions that may be due and end those that are; answers how many."""
-        ended = []
-        with self._lock:
-            while limit > 0 and self._heap and self._heap[0][0] <= now:
-                limit -= 1
-                session = self._take(now)
-                if session is not None:
-                    ended.append(session)
-            self._next = self._heap[0][0] if self._heap else _NEVER
-        return self._end_all(ended)
-
-    def _evict(self, most: int, now: float) -> list[Session]:
-        """Take out those closest to expiry until there are no more than *most* (under the lock)."""
-        evicted = []
-        while len(self._sessions) > most and self._heap:
-            session = self._take(now)
-            if session is not None:
-                evicted.append(session)
+    def _evict(self, most: int, now: float, token: Any) -> list[_Record]:
+        """Take out what has to go so that there are no more than *most* (alone)."""
+        evicted: list[_Record] = []
+        self._settle()
+        for heap in self._heaps:
+            for _ in range(2 * len(heap)):
+                if len(self._records) > most and heap:
+                    evicted += self._take(heap, now, token)
         return evicted
 
+    # What persistent stores have more to do for
 
-def _after_fork() -> None:
-    global _lock
-    _lock = RLock()
-    for store in list(_memory_stores):
-        store._unlock()
+    def keep_callback(self, session: Session, callback: Any) -> Any:
+        """What to keep of a callback."""
+        if self.strict:
+            _component_callback(session, callback)
+        return callback
 
+    def live_callback(self, callback: Any) -> Any:
+        """What to call for what was kept."""
+        return callback
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    def trouble(self, session: Session, interface: object) -> Exception | None:
+        """Why the component for *interface* can't be opened: here all can."""
+        return None
+
+    def drop(self, session: Session, interface: object) -> bool:
+        """Drop what can't be opened for *interface*; was there something?"""
+        return False
 
 
 # Persistent stores
 # ---------------------------------------------------------------------------
 
-
-def storable(cls: type[T]) -> type[T]:
-    """Class decorator: instances may be part of what a persistent store keeps.
-
-    Classes decorated with `implementer` and registered adapter classes are storable already.
-
-    Whoever knows the secret can forge records.  Such a record can construct objects of these
-    classes in any state, have those methods called that pickle and callbacks call
-    (``__setstate__``, ``append``, ``__setitem__``, any without arguments), or make the process
-    fail; no other code runs.
-    """
-    if not isinstance(cls, type):
-        raise TypeError(f"storable decorates classes, {cls!r} isn't one")
-    _storables[_name(cls)] = cls
-    return cls
-
-
-# Plain values that may be stored though nobody declared them.  (int, str, bytes, float, bool, None,
-# list, tuple, dict, set, frozenset and bytearray are part of the pickle format itself.)
-_VALUES = frozenset(
-    "builtins.list builtins.dict builtins.set builtins.complex "
-    "collections.deque collections.OrderedDict collections.Counter "
-    "datetime.date datetime.datetime datetime.time datetime.timedelta datetime.timezone "
-    "decimal.Decimal fractions.Fraction uuid.UUID ipaddress.IPv4Address ipaddress.IPv6Address".split()
-)
-
-# Flags in a call of `_make`:
-_CALL = 1  # made by calling the class, not by its __new__
-_ROOT = 2  # the component itself, which others may ask for while it is being filled
-
-# What pickle writes in one piece, so that reducer_override never sees it, though it may be shared.
-_CONTAINERS = (list, dict, set, bytearray)
-# What has no identity worth keeping: never a reference, always written again.
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset)
-
-
-def _storable_class(name: str) -> type:
-    """The class that may be stored under *name*.  It is never imported for that, unless it is in `_VALUES`."""
-    cls = _storables.get(name)
-    if cls is None and name in _VALUES:
-        module, _, attribute = name.rpartition(".")
-        cls = getattr(__import__(module), attribute)
-    if cls is None:
-        raise SealError(f"no class {name} was declared in this process: import its module, decorate it with @storable")
-    return cls
-
-
-def _make(name: str, flags: int, *args: object) -> Any:
-    """Stands in a record for: an object of the class *name*.  Never called: `_Reader` puts another in its place."""
-
-
-def _ref(key: str) -> Any:
-    """Stands in a record for: the component under *key*; "" is the session.  Never called either."""
-
-
-def _fill(container: set[Any], items: tuple[Any, ...]) -> None:
-    """Stands in a record for: put *items* into a set.  Nor is this."""
-
-
-class _Root:
-    """Wraps a list, dict or set that is a component, so that it is made before what it contains."""
-
-    def __init__(self, container: Any) -> None:
-        self.container = container
-
-
-class _Writer(pickle.Pickler):
-    """Pickles one component so that only classes that declared themselves take part.
-
-    No class or function gets into the record.  An object is written as ``_make(name of its class,
-    ...)``; the session and its other components as ``_ref(key)``.
-
-    *name* is what errors call the component, *root* the component itself (None if it is written as
-    a reference, or an attribute); *refs* has the keys of the session and its components by id().
-    """
-
-    name: str
-    root: object
-    refs: dict[int, str]
-
-    def class_name(self, cls: Any) -> str:
-        name = _name(cls)
-        if _storables.get(name) is not cls and name not in _VALUES:
-            raise NotStorable(self.name, f"an object of class {name}, which isn't declared")
-        return name
-
-    def reducer_override(self, obj: Any) -> Any:
-        if obj is _make or obj is _ref or obj is _fill:
-            return NotImplemented
-        if isinstance(obj, _Root):
-            kind = type(obj.container)
-            if kind is set:
-                return _make, (_name(kind), _CALL | _ROOT), tuple(obj.container), None, None, _fill
-            items = iter(obj.container) if kind is list else None
-            pairs = iter(obj.container.items()) if kind is dict else None
-            return _make, (_name(kind), _CALL | _ROOT), None, items, pairs
-        key = self.refs.get(id(obj))
-        if key is not None and obj is not self.root:
-            return _ref, (key,)
-        if isinstance(obj, type):
-            raise NotStorable(self.name, f"the class {_name(obj)} itself")
-        reduce = copyreg.dispatch_table.get(type(obj))
-        try:
-            reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
-        except TypeError as error:
-            raise NotStorable(self.name, f"an object of class {_name(type(obj))} ({error})") from error
-        if isinstance(reduced, str):
-            raise NotStorable(self.name, f"{reduced} of {type(obj).__module__}")
-        function, args, *rest = reduced
-        flags = _ROOT if obj is self.root else 0
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            cls, *args = args
-        elif isinstance(function, type):
-            cls, flags = function, flags | _CALL
-        else:
-            name = getattr(function, "__qualname__", repr(function))
-            raise NotStorable(self.name, f"an object of class {_name(type(obj))}, which is made by {name}()")
-        return (_make, (self.class_name(cls), flags, *args), *rest)
-
-
-class _LinkingWriter(_Writer):
-    """A `_Writer` that also keeps shared containers shared.
-
-    Strategy: persistent_id is called for every single object, so this is for those sessions only
-    that have a list, dict, set or bytearray as a component.
-    """
-
-    def persistent_id(self, obj: object) -> str | None:
-        shared = type(obj) in _CONTAINERS and (obj is not self.root or type(obj) is not bytearray)
-        return self.refs.get(id(obj)) if shared else None
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickles with *make* and *ref* for `_make` and `_ref`, and set.update for `_fill`.
-
-    No record gets at anything else; without *make*, at nothing but plain values.
-    """
-
-    def __init__(self, blob: bytes, make: Any = None, ref: Any = None) -> None:
-        super().__init__(io.BytesIO(blob))
-        self.functions = {"_make": make, "_ref": ref, "_fill": set.update if make else None}
-
-    def find_class(self, module: str, name: str) -> Any:
-        function = self.functions.get(name)
-        if function is None:
-            raise SealError(f"a record asks for {module}.{name}")
-        return function
-
-    def persistent_load(self, key: Any) -> Any:
-        return self.functions["_ref"](key)
-
-
-# The fields of a session that are stored, in this order.
-_FIELDS = ("created", "lastModified", "lifetime", "max_lifetime", "_since", "owner", "_callbacks")
-_get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
-
-
-class _UnguardedStored(_Unguarded):
-    """The fields of a stored session, without the guard."""
-
-    __slots__ = ("_key", "_blobs", "_opened", "_meta")
-
-    _key: str  # the hash of its uid
-    _blobs: dict[str, bytes]  # what is stored
-    _opened: set[str]  # the keys of those blobs that are objects by now, or were removed
-    _meta: tuple[Any, ...]  # the fields as they are stored
-
-
-class StoredSession(_UnguardedStored, Session):
-    """A session of a persistent store: each component is a blob, opened when it is first asked for.
-
-    Blobs go by their interface's name, or "." and an attribute's name.
-    """
-
-    __slots__ = ()
-
-    def __init__(
-        self: Any, store: Any, uid: str, key: str, state: str, fields: tuple[Any, ...], blobs: dict[str, bytes]
-    ) -> None:
-        # Strategy: while it is unguarded, setting its fields takes a fifth of the time.
-        object.__setattr__(self, "__class__", _UnguardedStored)
-        self.created, self.lastModified, self.lifetime, self.max_lifetime, self._since, self.owner, self._callbacks = (
-            fields
-        )
-        self.uid, self._key, self._blobs, self._opened, self._meta = uid, key, blobs, set(), fields
-        self._store, self._state, self._hold, self._due, self._by = store, state, None, 0.0, None
-        self._first_interface, self._first_component, self._others = None, None, _NO_OTHERS
-        self.__class__ = StoredSession
-
-    # Reading
-
-    def __setstate__(self, state: object) -> None:
-        raise SealError("a record can't set the state of the session itself")
-
-    def _load(self, key: str, interface: Any = None) -> Any:
-        """Open the blob under *key*; SealError (or what its class raises) if that can't be."""
-        interface = interface or _interfaces.get(key)
-        if interface is None and not key.startswith("."):
-            raise SealError(f"no interface {key} in this process: import its module")
-
-        # These are made anew for each blob: all that a forged record can do to them dies with it.
-        def make(name: str, flags: int, *args: object) -> Any:
-            cls = _storable_class(name)
-            made = cls(*args) if flags & _CALL else cls.__new__(cls, *args)
-            if flags & _ROOT and interface is not None:
-                self._keep(interface, made)  # now: what it contains may refer to it
-            return made
-
-        def ref(other: str) -> Any:
-            if not other:
-                return self
-            kept = dict(self._kept()).get(_interfaces.get(other))
-            if kept is not None:
-                return kept
-            if other in self._opened:
-                raise SealError(f"{key} and {other} contain each other, and neither can be made first")
-            return self._load(other)
-
-        before = self._opened.copy()
-        self._opened.add(key)
-        try:
-            component = _Reader(self._blobs[key], make, ref).load()
-        except BaseException:
-            # Components that were opened on its behalf may refer to something half made: open them anew.
-            for kept, _ in self._kept():
-                if _name(kept) in self._opened - before:
-                    self._drop(kept)
-            self._put(_opened=before)
-            raise
-        if interface is not None:
-            self._keep(interface, component)
-        return component
-
-    def getComponent(self, interface: Any, default: Any = None) -> Any:
-        key = _name(interface)
-        if key not in self._blobs or key in self._opened or _interfaces.get(key) is not interface:
-            return super().getComponent(interface, default)
-        try:
-            return self._load(key, interface)
-        except Exception as error:
-            raise StoreError(
-                f"the component kept for {key} can't be opened ({error}); it stays as it is, "
-                f"session.unsetComponent({key.rpartition('.')[2]}) drops it"
-            ) from error
-
-    def _load_attributes(self) -> None:
-        for key in self._blobs:
-            if key.startswith("."):
-                try:
-                    if hasattr(type(self), key[1:]):
-                        raise SealError("it would hide what belongs to every session")
-                    self.__dict__[key[1:]] = self._load(key)
-                except Exception as error:
-                    _log(30, self.uid, "keeps an attribute %s that can't be opened: %s", key[1:], error)
-
-    def _load_all(self) -> None:
-        """Open what can be opened: before a component goes, those that refer to it must have it in hand."""
-        for key in [key for key in self._blobs if key not in self._opened]:
-            try:
-                self._load(key)
-            except Exception as error:
-                _log(30, self.uid, "keeps %s that can't be opened: %s", key, error)
-
-    def __contains__(self, interface: object) -> bool:
-        if not isinstance(interface, InterfaceMeta):
-            return False
-        key = _name(interface)
-        unopened = key in self._blobs and key not in self._opened and _interfaces.get(key) is interface
-        return super().__contains__(interface) or unopened
-
-    def setComponent(self, interface: type, component: object) -> None:
-        if interface in self:
-            self._load_all()
-        super().setComponent(interface, component)
-        self._opened.add(_name(interface))
-
-    def unsetComponent(self, interface: type) -> None:
-        if interface in self:
-            self._load_all()
-            self._opened.add(_name(interface))
-            if not super().__contains__(interface):
-                return  # it can't be opened, and goes as well
-        super().unsetComponent(interface)
-
-    def removeComponent(self, component: object) -> list[type]:
-        self._load_all()
-        return super().removeComponent(component)
-
-    def release(self) -> None:
-        if self._hold is not None or self._state is _NEW:
-            self._store.save(self)
-
-    # Callbacks: (key, name of a method)
-
-    def _stored_callback(self, callback: Any) -> Any:
-        target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
-        for interface, component in self._kept():
-            if component is target and getattr(component, name, None) == callback:
-                return _name(interface), name
-        raise TypeError(
-            f"on a persistent store a callback is a method of one of the session's components, which {callback!r} "
-            "isn't: setComponent() first, then session.notifyOnExpire(component.method)"
-        )
-
-    def _live_callback(self, stored: Any) -> Any:
-        key, name = stored
-        component = dict(self._kept()).get(_interfaces.get(key))
-        component = self._load(key) if component is None else component
-        if name.startswith("__") or not hasattr(type(component), name):
-            raise SealError(f"a record names {name!r} for a callback, which is no method")
-        return getattr(component, name)
-
-    # Writing
-
-    def _dump(self) -> dict[str, bytes]:
-        """The blobs of all that was opened or set."""
-        items: dict[str, Any] = {}
-        refs = {id(self): ""}
-        writer: type[_Writer] = _Writer
-        for interface, component in self._kept():
-            key = _name(interface)
-            if _interfaces.get(key) is not interface:
-                raise NotStorable(f"the component {key}", "a name that now means another interface of that name")
-            items[key] = component
-            if not isinstance(component, _ATOMS):
-                refs.setdefault(id(component), key)
-            if type(component) in _CONTAINERS:
-                writer = _LinkingWriter
-        items.update(("." + name, value) for name, value in self.__dict__.items())
-        self._opened.update(items)
-        return {key: self._dump_item(writer, key, item, refs) for key, item in items.items()}
-
-    def _dump_item(self, writer: type[_Writer], key: str, item: Any, refs: dict[int, str]) -> bytes:
-        file = io.BytesIO()
-        attribute = key.startswith(".")
-        name = f"the attribute {key[1:]}" if attribute else f"the component {key}"
-        # A component that is kept for another interface, too, becomes a reference to that.
-        root = None if attribute or refs.get(id(item), key) != key else item
-        pickler = writer(file, 5)
-        pickler.name, pickler.root, pickler.refs = name, root, refs
-        try:
-            pickler.dump(_Root(item) if root is not None and type(item) in (list, dict, set) else item)
-        except NotStorable:
-            raise
-        except Exception as error:
-            raise NotStorable(name, f"what pickle refuses ({error})") from error
-        return file.getvalue()
-
-    def _changes(self) -> dict[str, bytes | None]:
-        """What this request did: new blobs by key, None for those that are gone."""
-        stored, current = self._blobs, self._dump()
-        changes: dict[str, bytes | None] = {k: None for k in self._opened if k in stored and k not in current}
-        for key, blob in current.items():
-            if stored.get(key) != blob:
-                changes[key] = blob
-        return changes
-
-    def _real_changes(self) -> dict[str, bytes | None]:
-        """`_changes` without components that were only read.
-
-        Equal objects may have different bytes (the order in a set, strings that are or aren't the
-        same object): what counts is whether that which is stored, opened again, gives these bytes.
-        """
-        changes = self._changes()
-        twin = StoredSession(self._store, self.uid, self._key, _STORED, self._meta, self._blobs)
-        for key in changes:
-            if changes[key] is not None and key in self._blobs:
-                try:
-                    component = twin._load(key)
-                except Exception:
-                    continue  # what can't be opened wasn't read
-                if key.startswith("."):
-                    twin.__dict__[key[1:]] = component
-        unread = twin._dump()
-        return {key: blob for key, blob in changes.items() if blob is None or unread.get(key) != blob}
-
-    def _is_changed(self) -> bool:
-        fields, stored = self._fields(), self._meta
-        # To have been used, lastModified, is no change.
-        return (fields[0], *fields[2:]) != (stored[0], *stored[2:]) or bool(self._changes())
-
-    def _fields(self) -> tuple[Any, ...]:
-        return _get_fields(self)
-
-    def _set_fields(self, fields: tuple[Any, ...]) -> None:
-        self._put(_meta=fields, **dict(zip(_FIELDS, fields, strict=True)))
-
-
-_keepers.add(StoredSession.getComponent)
-
-
 #: What `PersistentStore.hold` answers for a record that somebody else holds.
 HELD: Any = object()
+
+# What stands in the place of a record that has moved to another key begins with this, and is shorter
+# than any record; then comes the UNIX time until which that is remembered, if the store doesn't know.
+_TOMBSTONE = b"\0"
+
+_get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
+
+_persistent_stores: weakref.WeakSet[PersistentStore] = weakref.WeakSet()
+
+
+class _StoredRecord(_Record):
+    """A record of its own for each request, read from where the store keeps it."""
+
+    # content, fields: what is stored, as `_dump` writes it and of `_FIELDS`; closed: what can't be
+    # opened here, by name, with the error.
+    __slots__ = ("content", "fields", "closed")
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.content, self.fields = b"", ()
+        self.closed: dict[str, tuple[Any, Exception]] = {}
+
+    @property
+    def handle(self) -> str:
+        return self.key[:16]
+
+
+def _is_tombstone(raw: bytes) -> bool:
+    return raw[:1] == _TOMBSTONE and len(raw) < 32 and (len(raw) == 1 or raw[1:].isdigit())
+
+
+def _deadlines(fields: tuple[Any, ...]) -> tuple[float, float]:
+    """The idle and the absolute deadline."""
+    modified, _, _, lifetime, max_lifetime, since, *_ = fields
+    return modified + lifetime, since + max_lifetime
+
+
+def _are_well_formed(fields: tuple[Any, ...]) -> bool:
+    """Are these values for `_FIELDS` that this version writes?"""
+    modified, cookie, *numbers, owner, authenticated, forgotten, callbacks = fields
+    pairs = [pair for pair in (forgotten, cookie) if pair is not None]
+    return (
+        len(fields) == len(_FIELDS)
+        and {float, int}.issuperset(map(type, (modified, *numbers, authenticated or 0, *sum(pairs, ()))))
+        and all(deadline > -1e300 for deadline in _deadlines(fields))  # nor NaN
+        and (owner is None or type(owner) is str)
+        and all(len(pair) == 2 for pair in pairs)
+        and all(type(name) is str and type(method) is str for name, method in callbacks)
+    )
 
 
 @implementer(IStore)
@@ -1718,54 +2246,60 @@ class PersistentStore:
     """What stores outside the process have in common; a subclass says where the records lie.
 
     *secret*: at least 16 bytes (or a str), or a sequence of such; the first seals new records, all
-    open old ones.  *lease*: for how many seconds a request holds its session if it isn't heard of
-    again.  *clock*: UNIX time in seconds; hosts that share a store keep theirs in step (NTP).
+    open old ones.  *place*: a name for where the records lie; those of another place don't open
+    here.  *lease*: for how many seconds a request holds its session if it isn't heard of again.
+    *clock*: UNIX time in seconds; hosts that share a store keep theirs in step (NTP).
 
-    A record is ``MAC || body``: keyed BLAKE2b over the key and the body, so that it can't be
-    forged, or copied to another key.  The key is a hash of the uid: who reads the database can't
-    use what is there.  A record that doesn't verify is no session, is logged, and isn't unpickled.
+    A record is ``MAC || body``: keyed BLAKE2b over place, key and body, so that it can't be forged,
+    or copied to another key.  The key is a hash of the uid: who reads the database can't use what
+    is there.  A record that doesn't verify is no session, is logged, left alone, and isn't unpickled.
 
-    A subclass supplies nine operations on ``(key: str, record: bytes)``, each atomic by itself.
-    *token* (str) is who holds a record, *until* (UNIX time) for how long.  Their exceptions reach
-    the application as `StoreError`.
+    A hold is first one in this process, so that only one of those who wait here asks the database;
+    then a lease there, under a token that all holds of this store share.
+
+    A subclass supplies the operations below on ``(key: str, record: bytes)``.  Each is atomic, and
+    answers the same if a driver that lost the answer asks again.  *token* (str) is who holds a
+    record, *until* (UNIX time) for how long; *due* (UNIX time, maybe infinite) is when the store
+    should look at it; *owner* is a hash, "" for none.  Their exceptions reach the application as
+    `StoreError`.
     """
 
-    def __init__(
-        self,
-        *,
-        secret: str | bytes | Sequence[str | bytes],
-        lease: float = 30,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        from hashlib import blake2b
-        from hmac import compare_digest
+    # How many records that may be due every third new session looks at (more than three, so that
+    # they become fewer), and an access after so many seconds.
+    _few, _some, _pause = 6, 20, 10
 
-        secrets = list(secret) if isinstance(secret, (list, tuple)) else [secret]
-        self._macs = []
-        for each in secrets:
+    def __init__(self, *, secret: Secret, place: str = "", lease: float = 30, clock: Clock = time.time) -> None:
+        self._macs, self._owner_keys = [], []
+        for each in secret if isinstance(secret, (list, tuple)) else [secret]:
             if not isinstance(each, (str, bytes, bytearray)):
                 raise TypeError(f"a secret is a str or bytes, not {type(each).__name__}")
             each = each.encode() if isinstance(each, str) else bytes(each)
             if len(each) < 16:
                 raise ValueError(f"a secret has at least 16 bytes, not {len(each)}: take secrets.token_hex(32)")
-            self._macs.append(blake2b(key=blake2b(each).digest(), digest_size=32, person=b"minisess seal"))
+            key = blake2b(each).digest()
+            self._owner_keys.append(blake2b(key, person=b"minisess owner").digest())
+            # The length delimits the place; keys have one length, and the body is the rest.
+            start = b"%d:%s" % (len(place.encode()), place.encode())
+            self._macs.append(blake2b(start, key=key, digest_size=32, person=b"minisess seal 2"))
         if not self._macs:
             raise ValueError("secret= needs at least one secret: take secrets.token_hex(32)")
-        self._hash, self._same = blake2b, compare_digest
-        self.lease = _seconds(lease, "lease")
-        self.clock = clock
-        self._next_sweep = clock() + 10
+        self.place, self.lease, self.clock = place, _seconds(lease, "lease"), clock
+        self.holds = _Holds()
+        self._token = secrets.token_hex(8)
+        self._swept, self._created_count = time.monotonic(), itertools.count()
+        _persistent_stores.add(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.place}>"
 
     # What a subclass supplies
 
-    def insert(
-        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
-    ) -> None:
-        """Add a record, held by *token* unless that is None."""
+    def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
+        """Add a record."""
         raise NotImplementedError
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
-        """If nobody holds the record, or their time is up by *now*: hold it and answer it.
+        """If *token* holds the record already, or nobody does by *now*: hold it and answer it.
 
         None if there is no such record, `HELD` if another has it.
         """
@@ -1775,77 +2309,48 @@ class PersistentStore:
         """The record, held or not, or None."""
         raise NotImplementedError
 
-    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
-        """Replace the record and let go of it, if *token* still holds it; was it so?"""
+    def write(self, key: str, token: str, record: bytes, due: float, owner: str) -> bool:
+        """Replace the record and let go of it, if *token* was the last to hold it; was it so?"""
         raise NotImplementedError
 
     def free(self, key: str, token: str) -> None:
         """Let go of the record, if *token* holds it."""
         raise NotImplementedError
 
-    def delete(self, key: str, token: str | None = None) -> bytes | None:
-        """Delete the record (if *token* holds it, where that is given) and answer it, or None."""
+    def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
+        """If the record is *old*: replace it, or delete it if *new* is None; was it so?"""
+        raise NotImplementedError
+
+    def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
+        """Do `swap` with each of *verdicts*; a store that can do that at once is faster."""
+        return [self.swap(*verdict) for verdict in verdicts]
+
+    def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
+        """If *token* was the last to hold the record: put *record* under the key *to*, held until *until*.
+
+        Its old place keeps a tombstone for a minute: ``b"\\0"``, and until when (UNIX time).  False if it wasn't so.
+        """
+        raise NotImplementedError
+
+    def delete(self, key: str) -> bytes | None:
+        """Delete the record, but no tombstone, and answer it, or None."""
         raise NotImplementedError
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        """Delete up to *limit* records that have expired by *now* and aren't held, and answer them."""
+        """Up to *limit* records that are due by *now* and not held, those first that are due first."""
         raise NotImplementedError
 
-    def owned(self, owner: str) -> list[str]:
-        """The keys of all records of *owner*."""
+    def owned(self, owner: str) -> list[tuple[str, bytes]]:
+        """All records of *owner*."""
+        raise NotImplementedError
+
+    def take(self, owner: str, keep: str) -> list[tuple[str, bytes]]:
+        """Delete all records of *owner*, but for the key *keep*, and answer them; none escapes by moving."""
         raise NotImplementedError
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """How many records there are, without tombstones."""
         raise NotImplementedError
-
-    # Sealing
-
-    def _key(self, uid: str) -> str:
-        return self._hash(uid.encode(), digest_size=32, person=b"minisess key").hexdigest()
-
-    def _mac(self, mac: Any, key: str, body: bytes) -> bytes:
-        mac = mac.copy()
-        mac.update(key.encode() + body)
-        digest: bytes = mac.digest()
-        return digest
-
-    def _seal(self, key: str, fields: tuple[Any, ...], blobs: dict[str, bytes]) -> bytes:
-        body = pickle.dumps((*fields, blobs), 5)
-        return self._mac(self._macs[0], key, body) + body
-
-    def _unseal(self, key: str, record: bytes) -> tuple[tuple[Any, ...], dict[str, bytes]]:
-        """The fields and blobs of a record; SealError if it isn't what this store wrote under that key."""
-        record = bytes(record)
-        seal, body = record[:32], record[32:]
-        if not any(self._same(self._mac(mac, key, body), seal) for mac in self._macs):
-            raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
-        try:
-            *numbers, owner, callbacks, blobs = values = _Reader(body).load()
-            well_formed = (
-                len(numbers) == 5
-                and {float, int}.issuperset(map(type, numbers))
-                and (owner is None or type(owner) is str)
-                and all(type(k) is str and type(n) is str for k, n in callbacks)
-                and {str}.issuperset(map(type, blobs))
-                and {bytes}.issuperset(map(type, blobs.values()))
-            )
-        except Exception as error:
-            raise SealError(f"the record can't be read: {error}") from error
-        if not well_formed:
-            raise SealError("the record has another form than this version writes")
-        return tuple(values[:-1]), blobs
-
-    def _revive(self, key: str, uid: str, record: bytes) -> StoredSession | None:
-        """The session in a record, or None for one that can't be trusted."""
-        try:
-            fields, blobs = self._unseal(key, record)
-        except SealError as error:
-            _log(30, uid, "security: its record is refused: %s", error)
-            return None
-        return StoredSession(self, uid, key, _STORED, fields, blobs)
-
-    # What IStore promises
 
     def _ask(self, operation: Callable[..., T], *args: object) -> T:
         """Do one of the operations; what its driver raises becomes a StoreError."""
@@ -1854,305 +2359,519 @@ class PersistentStore:
         except SessionError:
             raise
         except Exception as error:
-            name = f"{type(self).__name__}.{operation.__name__}"
-            raise StoreError(f"{name} failed: {type(error).__name__}: {error}") from error
+            name = operation.__name__.strip("_")
+            raise StoreError(f"{self!r}: {name} failed: {type(error).__name__}: {error}") from error
 
-    def _acquire(self, key: str, token: str, patience: float) -> Any:
-        """Hold the record and answer it, waiting for others who hold it; None if there is none."""
-        end, pause = time.monotonic() + patience, 0.0005
-        while True:
-            now = self.clock()
-            record = self._ask(self.hold, key, token, now, now + self.lease)
-            if record is not HELD:
-                return record
-            if time.monotonic() >= end:
-                raise SessionBusy(patience)
-            # Longer and longer, and never in step with the others who wait.
-            time.sleep(pause * (0.5 + os.urandom(1)[0] / 255))
-            pause = min(pause * 1.2, 0.02)
+    def _moved(self, raw: bytes) -> Session | None:
+        """What to answer for a tombstone."""
+        return MOVED if self.clock() < int(raw[1:] or 1 << 60) else None
 
-    def _fetch(self, uid: str, patience: float, hold: bool = True) -> StoredSession | None:
-        """The session as it is stored, held if so wanted; None if it isn't there or can't be trusted."""
-        key, token = self._key(uid), os.urandom(8).hex()
-        record = self._acquire(key, token, patience) if hold else self._ask(self.read, key)
-        session = None if record is None else self._revive(key, uid, record)
-        if hold and session is not None:
-            _set_hold(session, token)
-        elif hold and record is not None:
-            self._ask(self.free, key, token)
-        return session
+    def _read(self, key: str) -> bytes:
+        return bytes(self._ask(self.read, key) or b"")
+
+    # Sealing
+
+    def _mac(self, mac: Any, key: str, body: bytes) -> bytes:
+        mac = mac.copy()
+        mac.update(key.encode())
+        mac.update(body)
+        return mac.digest()  # type: ignore[no-any-return]
+
+    def _owner(self, owner: str | None, key: bytes | None = None) -> str:
+        if owner is None:
+            return ""
+        owned = owner.encode("utf-8", "surrogatepass")
+        return blake2b(owned, key=key or self._owner_keys[0], digest_size=16).hexdigest()
+
+    def _seal(self, key: str, fields: tuple[Any, ...], content: bytes) -> bytes:
+        head = pickle.dumps(fields, 5)
+        body = b"%08d" % len(head) + head + content
+        return self._mac(self._macs[0], key, body) + body
+
+    def _unseal(self, key: str, raw: bytes) -> tuple[tuple[Any, ...], bytes]:
+        """The fields and the content of a record; SealError if it isn't what this store wrote under that key."""
+        seal, body = raw[:32], raw[32:]
+        if not any(compare_digest(self._mac(mac, key, body), seal) for mac in self._macs):
+            raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
+        try:
+            end = 8 + int(body[:8])
+            fields = _Reader(body[8:end]).load()
+            if _are_well_formed(fields):
+                return fields, body[end:]
+        except Exception as error:
+            raise SealError(f"the record can't be read: {error}") from error
+        raise SealError("the record has another form than this version writes")
+
+    def _log_refused(self, key: str, error: Exception) -> None:
+        _log(logging.WARNING, "refused", key[:16], "security: its record is refused: %s", error)
+
+    def _fill(self, session: Session, raw: bytes) -> bool:
+        """Let *session* have what is in a record; False for one that can't be trusted."""
+        record = session._record
+        try:
+            record.fields, record.content = self._unseal(record.key, raw)
+            record.set(state=_STORED, **dict(zip(_FIELDS, record.fields, strict=True)))
+            items, any_closed = _load(record.content, session)
+        except Exception as error:
+            self._log_refused(record.key, error)
+            return False
+        for name, each in items.items():
+            key: Any = _interfaces.get(name)
+            kept: dict[Any, Any] = session._components
+            trouble: Exception | None = None
+            if name.startswith("."):
+                kept, key = vars(session), name[1:]
+                if hasattr(Session, key):
+                    trouble = SealError("it would hide what belongs to every session")
+            elif key is None:
+                trouble = SealError(f"no interface {name} in this process: import its module")
+            trouble = trouble or (_trouble(session, each) if any_closed else None)
+            if trouble is None:
+                kept[key] = each
+            else:
+                record.closed[name] = each, trouble
+                _log(logging.WARNING, "closed", record.handle, "keeps %s that can't be opened: %s", name, trouble)
+        record.components, record.attributes = session._components, vars(session)
+        return True
+
+    def _revive(self, kind: type[Session], key: str, uid: str, raw: bytes, request: object = None) -> Session | None:
+        """The session in a record, or None for one that can't be trusted."""
+        session = kind(self, _StoredRecord(uid, key, 0, 0, 0), request)
+        return session if self._fill(session, raw) else None
+
+    # Opening
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
-        uid, now = _new_uid(), self.clock()
-        return StoredSession(self, uid, self._key(uid), _NEW, (now, now, lifetime, max_lifetime, now, None, ()), {})
+        uid = _new_uid()
+        return Session(self, _StoredRecord(uid, _hash(uid, self.place), self.clock(), lifetime, max_lifetime))
 
-    def open(self, uid: str, patience: float = 10, hold: bool = True) -> Session | None:
-        if self.clock() >= self._next_sweep:
-            self._next_sweep = self.clock() + 10
-            self._end_due(20)
-        session = self._fetch(uid, patience, hold)
-        if session is None:
+    def _acquire(self, session: Session, patience: float) -> bytes:
+        """Hold the record and answer it, waiting for others who hold it; b"" if there is none."""
+        end, pause = time.monotonic() + patience, 0.0005
+        key, token, raw = session._record.key, session._token, HELD
+        try:
+            self.holds.take(key, token, patience)
+            while True:
+                now = self.clock()
+                raw = self._ask(self.hold, key, self._token, now, now + self.lease)
+                if raw is not HELD:
+                    return bytes(raw or b"")
+                rest = end - time.monotonic()
+                if rest <= 0:
+                    raise _busy(patience)
+                # Longer and longer, and never in step with the others who wait.
+                time.sleep(min(rest, pause * (0.5 + os.urandom(1)[0] / 255)))
+                pause = min(pause * 1.2, 0.02)
+        except SessionBusy:
+            _log(logging.INFO, "busy", key[:16], "is busy")
+            raise
+        finally:
+            if raw is None or raw is HELD:
+                self.holds.free(key, token)
+
+    def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
+        if time.monotonic() - self._swept >= self._pause:
+            self._swept = time.monotonic()
+            self.holds.prune()
+            _spare(self._end_due(self._some)[0])
+        session = Session(self, _StoredRecord(uid, _hash(uid, self.place), 0, 0, 0), request)
+        record, raw = session._record, self._acquire(session, patience)
+        if not raw:
             return None
+        if _is_tombstone(raw) or not self._fill(session, raw):
+            self.release(session)
+            return self._moved(raw) if _is_tombstone(raw) else None
         now = self.clock()
-        if now >= session.expires:
-            if hold:  # else another request may hold it, or the sweep comes upon it
-                self.discard(session)
+        if now >= record.expires:
+            _spare([self._discard(session, record.why(now))])
             return None
-        _set_modified(session, now)
-        session._load_attributes()
+        record.lastModified = now
         return session
 
-    def save(self, session: Any) -> None:
-        if session._state is _ENDED:
-            _log(30, session.uid, "has ended while a request used it: nothing is saved")
-        elif session._state is _STORED:
-            _set_modified(session, self.clock())
-            if session._hold is None:
-                self._save_merged(session)
-            else:
-                self._save_held(session, session._blobs, session._changes())
-        elif not session._is_empty():
-            self._end_due(2)  # first, for if that fails there is no session without its cookie
-            _set_modified(session, self.clock())
-            key, blobs, fields = session._key, session._dump(), session._fields()
-            self._ask(self.insert, key, self._seal(key, fields, blobs), session.expires, session.owner, None, 0.0)
-            session._put(_state=_STORED, _blobs=blobs, _meta=fields)
-            _log(20, session.uid, "created")
+    def peek(self, uid: str, request: object = None) -> Session | None:
+        key, now = _hash(uid, self.place), self.clock()
+        raw = self._read(key)
+        if _is_tombstone(raw):
+            return self._moved(raw)
+        session = self._revive(_Look, key, uid, raw, request) if raw else None
+        if session is None or now >= session.expires:
+            return None
+        if now - session.lastModified >= session.lifetime / 8:
+            self._touch(session._record, raw, now)
+        return session
 
-    def _save_held(self, session: Any, stored: dict[str, bytes], changes: dict[str, bytes | None]) -> None:
-        """Write *stored* with *changes* and let go of the session, if it is there and still held."""
-        changed = {**stored, **changes}.items()
-        key, blobs, fields = session._key, {k: blob for k, blob in changed if blob is not None}, session._fields()
-        record = self._seal(key, fields, blobs)
-        done = self._ask(self.write, key, session._hold, record, session.expires, session.owner)
-        _set_hold(session, None)
-        if done:
-            session._put(_blobs=blobs, _meta=fields)
-        elif self._ask(self.read, key) is None:
-            session._put(_state=_ENDED)
-            _log(30, session.uid, "was ended by another request: nothing is saved")
+    # Saving
+
+    def save(self, session: Session) -> None:
+        record = session._record
+        if session._base is not None:
+            self.save_late(session)
+            self.refresh(session)
+        elif record.state is _STORED:
+            self._write(session, _dump(session, record.closed))
+        elif record.state is _ENDED:
+            _log_lost(session)
+        elif record.state is _NEW and not record.is_empty():
+            # The sweep comes first, for if that fails there is no session without its cookie.
+            if next(self._created_count) % 3 == 0:
+                _spare(self._end_due(self._few)[0])
+            record.lastModified = self.clock()
+            fields, content = _get_fields(record), _dump(session, record.closed)
+            raw = self._seal(record.key, fields, content)
+            self._ask(self.insert, record.key, raw, record.expires, self._owner(record.owner))
+            self._written(session, fields, content)
+            _log(logging.INFO, "created", session.handle, "created", owner=record.owner)
+
+    def _write(self, session: Session, content: bytes) -> None:
+        """Write *content* and let go of the session, if it is there and still held."""
+        record = session._record
+        record.lastModified = self.clock()
+        fields = _get_fields(record)
+        raw = self._seal(record.key, fields, content)
+        if self._ask(self.write, record.key, self._token, raw, record.expires, self._owner(record.owner)):
+            self._written(session, fields, content)
+            self.holds.free(record.key, session._token)
         else:
-            _log(30, session.uid, "was taken over after its lease ran out: nothing is saved")
-            raise SessionConflict(self.lease)
+            there = self.refresh(session)
+            self.holds.free(record.key, session._token)
+            if there:
+                raise self._lease_lost(session)
 
-    def _save_merged(self, session: Any) -> None:
-        """Bring the changes of a request that held nothing into what is stored by now, component by component."""
-        changes, before = session._real_changes(), session._blobs
-        current = self._fetch(session.uid, self.lease)
-        if current is None:
-            session._put(_state=_ENDED)
-            _log(30, session.uid, "was ended by another request: nothing is saved")
+    def _lease_lost(self, session: Session) -> SessionConflict:
+        _log(logging.WARNING, "conflict", session.handle, "was taken over after its lease ran out: nothing is saved")
+        session._base = (), b""  # what others have by now is never the same
+        message = (
+            f"the request took longer than its lease of {self.lease:g} s and another one has changed the session "
+            "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part"
+        )
+        return _with(SessionConflict(message), lease=self.lease)
+
+    def _written(self, session: Session, fields: tuple[Any, ...], content: bytes) -> None:
+        session._record.set(state=_STORED, fields=fields, content=content)
+        session._base = fields[2:], content
+
+    def save_late(self, session: Session) -> None:
+        """Save what was changed without a hold, if nobody else has changed it; `SessionConflict` otherwise."""
+        record, base = session._record, session._base
+        if record.state is not _STORED:
             return
-        for key, blob in changes.items():
-            if current._blobs.get(key) not in (before.get(key), blob):
-                _log(30, session.uid, "has two versions of %s: the last one stays", key)
-        # The same for the fields: what this request changed, and else what is stored by now.
-        mine, base, theirs = session._fields(), session._meta, current._fields()
-        merged = [m if m != b else t for m, b, t in zip(mine, base, theirs, strict=True)]
-        merged[-1] = tuple(dict.fromkeys([*theirs[-1], *mine[-1]]))  # the callbacks of both
-        session._set_fields(tuple(merged))
-        session._put(_hold=current._hold)
-        self._save_held(session, current._blobs, changes)
+        content = _dump(session, record.closed)
+        if (_get_fields(record)[2:], content) == base:
+            return
+        raw = self._acquire(session, getattr(session._token(), "_patience", 10))
+        if not raw or _is_tombstone(raw):
+            self.release(session)
+            self._lose(session, moved=bool(raw))
+            return
+        try:
+            fields, theirs = self._unseal(record.key, raw)
+            if self.clock() >= min(_deadlines(fields)):
+                _log_lost(session)
+                _spare([self._discard(session, record.why(self.clock()))])
+                return
+            if (fields[2:], theirs) != base:
+                raise _conflict(session)
+        except BaseException:
+            self.release(session)
+            raise
+        self._write(session, content)
 
-    def release(self, session: Any) -> None:
-        hold = session._hold
-        if hold is not None:
-            session._put(_hold=None)
-            if session._state is _STORED:
-                self._ask(self.free, session._key, hold)
+    def refresh(self, session: Session) -> bytes:
+        """The record, if nobody has ended or renewed it; b"" if somebody has, and then *session* has ended."""
+        raw = self._read(session._record.key) if session._record.state is _STORED else b""
+        if raw and not _is_tombstone(raw):
+            return raw
+        if session._record.state is _STORED:
+            self._lose(session, moved=bool(raw))
+        return b""
 
-    def renew(self, session: Any, **fields: object) -> None:
-        uid = _new_uid()
-        key = self._key(uid)
-        if session._state is _STORED:
+    def _lose(self, session: Session, moved: bool = False) -> None:
+        if not moved:  # else another request has told the client of a new uid
+            session._record.hold = self.holds.holders.get(session._record.key)
+        _log_lost(session)
+        session._cut()
+
+    def touch(self, session: Session) -> None:
+        record, now = session._record, self.clock()
+        if record.state is not _STORED or session._is_holding():
+            record.lastModified = now
+        else:
+            self._touch(record, self.refresh(session), now)
+
+    def _touch(self, record: _Record, raw: bytes, now: float) -> None:
+        """Write only when it was used last."""
+        if not raw:
+            return
+        try:
+            fields, content = self._unseal(record.key, raw)
+        except SealError as error:
+            self._log_refused(record.key, error)
+            return
+        if now < min(_deadlines(fields)):
+            record.lastModified, fields = now, (now, *fields[1:])
+            new = self._seal(record.key, fields, content)
+            self._ask(self.swap, record.key, raw, new, min(_deadlines(fields)))
+
+    def release(self, session: Session) -> None:
+        record = session._record
+        if session._is_holding():
+            session._base = record.fields[2:], record.content
+            try:
+                self._ask(self.free, record.key, self._token)
+            finally:
+                self.holds.free(record.key, session._token)
+
+    def leave(self, session: Session) -> None:
+        """The response is over."""
+
+    def renew(self, session: Session, **fields: Any) -> None:
+        record, token, now, uid = session._record, session._token, self.clock(), _new_uid()
+        old, new, fresh = record.key, _hash(uid, self.place), record
+        if record.owner not in (None, fields.get("owner", record.owner)):
+            fresh = _StoredRecord(uid, new, now, record.lifetime, record.max_lifetime)
+            fresh.fields = _get_fields(fresh)
+        if record.state is _STORED:
             # What is stored moves; what this request changed is saved with the rest of it, or not at all.
-            token, meta, blobs = session._hold, session._meta, session._blobs
-            if token is None:
-                # Others may have merged something into it meanwhile; from here on they wait, in vain.
-                current = self._fetch(session.uid, self.lease)
-                if current is None:
-                    session._put(_state=_ENDED)
-                    raise SessionError("this session has ended: ISession(environ) answers a new one")
-                token, meta, blobs = current._hold, current._meta, current._blobs
-            record = self._seal(key, meta, blobs)
-            until = self.clock() + self.lease
-            self._ask(self.insert, key, record, session.expires, meta[5], session._hold, until)
-            if self._ask(self.delete, session._key, token) is None:
-                self._ask(self.delete, key)
-                session._put(_hold=None)
-                raise SessionConflict(self.lease)
-        session._put(uid=uid, _key=key, **fields)
+            moved = tuple({**dict(zip(_FIELDS, fresh.fields, strict=True)), **fields}.values())
+            raw, owner = self._seal(new, moved, fresh.content), self._owner(fields.get("owner", record.owner))
+            due, until = min(_deadlines(moved)), now + self.lease
+            if not self._ask(self.move, old, self._token, new, raw, due, owner, until):
+                raise self._lease_lost(session) if self.refresh(session) else _ended_error()
+            self.holds.take(new, token, 0)
+            fresh.set(state=_STORED, fields=moved)
+        elif "owner" in fields:
+            fresh.state = _NEW  # a login makes a stand-in real
+        fresh.set(uid=uid, key=new, **fields)
+        session._bind(fresh)
+        _log_moved(fresh, "login" if "owner" in fields else "renewed")
+        self.holds.free(old, token)
+        if fresh is not record:
+            _raise_first([self._finish(record, "another")])
 
-    def discard(self, session: Any) -> None:
-        if session._state is _STORED:
-            if self._ask(self.delete, session._key) is not None:
-                session._end()
-            session._put(_state=_ENDED, _hold=None)
-        elif session._state is _NEW:
-            session._end()
+    # Ending
 
-    def sweep(self) -> int:
-        total = 0
-        while count := self._end_due(1000):
-            total += count
-        return total
+    def discard(self, session: Session) -> None:
+        _raise_first([self._discard(session, "logout")])
 
-    def _end_due(self, limit: int) -> int:
-        records = self._ask(self.due, self.clock(), limit)
-        for key, record in records:
-            self._end_record(key, record)
-        return len(records)
+    def _discard(self, session: Session, reason: str) -> BaseException | None:
+        record, error = session._record, None
+        record.hold = self.holds.holders.get(record.key)
+        if record.state is _STORED and self._ask(self.delete, record.key) is None:
+            record.hold = None
+            self.refresh(session)
+        elif record.state is not _ENDED:
+            error = self._finish(record, reason)
+        if record.hold is not None:
+            self.holds.free(record.key, record.hold)
+        return error
 
-    def _end_record(self, key: str, record: bytes) -> None:
-        session = self._revive(key, key, record)  # the uid is unknown; in logs the key stands for it
-        if session is not None:
-            session._end()
+    def _finish(self, record: _Record, reason: str) -> BaseException | None:
+        def live(callback: tuple[str, str]) -> Any:
+            name, method = callback
+            component = record.components.get(_interfaces.get(name))
+            if component is None or method.startswith("__") or not hasattr(type(component), method):
+                raise SealError(f"a record names {method!r} of {name} for a callback, which is no method here")
+            return getattr(component, method)
+
+        return record.end(reason, live)
+
+    def _end_raw(self, key: str, raw: bytes, reason: str) -> BaseException | None:
+        """Run the callbacks of a record that was taken out."""
+        session = self._revive(Session, key, "", raw)
+        self.holds.free(key, self.holds.holders.get(key))
+        return None if session is None else self._finish(session._record, reason)
+
+    def _end_due(self, limit: int, everything: bool = False) -> tuple[list[BaseException | None], bool]:
+        """End up to *limit* records that are due.
+
+        Answers what the callbacks of each raised, and whether there may be more to look at.
+        """
+        now, verdicts, reasons = self.clock(), [], []
+        rows = self._ask(self.due, _NEVER if everything else now, limit)
+        for key, raw in rows:
+            raw, deadlines, reason = bytes(raw), (0.0, 0.0), "all"
+            if self.holds.is_held(key) and not everything:
+                continue  # its lease is over, but its request isn't
+            try:
+                if not _is_tombstone(raw):
+                    deadlines = _deadlines(self._unseal(key, raw)[0])
+                    reason = reason if everything else "idle" if deadlines[0] <= now else "absolute"
+            except SealError as error:
+                # Perhaps another application's: left alone, and looked at again in an hour.
+                self._log_refused(key, error)
+                deadlines = (now + 3600, _NEVER)
+                if everything:
+                    continue
+            later = min(deadlines) > now and not everything
+            verdicts.append((key, raw, raw if later else None, min(deadlines)))
+            reasons.append(reason)
+        settled = self._ask(self.settle, verdicts) if verdicts else []
+        errors = [
+            self._end_raw(key, raw, reason)
+            for (key, raw, new, _), reason, done in zip(verdicts, reasons, settled, strict=True)
+            if done and new is None and not _is_tombstone(raw)
+        ]
+        return errors, any(settled) or len(rows) == limit
+
+    def sweep(self, everything: bool = False) -> int:
+        """End all that have expired and aren't held (or just everything); answers how many."""
+        errors: list[BaseException | None] = []
+        limit, more = 1000, True
+        while more:
+            ended, more = self._end_due(limit, everything)
+            errors += ended
+            limit = 1000 if ended else 2 * limit  # past those that are held, or can't be opened
+        _raise_first(errors)
+        return len(errors)
+
+    def clear(self) -> int:
+        return self.sweep(everything=True)
+
+    def sessions(self, owner: str) -> list[Session]:
+        _require_owner(owner)
+        rows = [row for each in self._owner_keys for row in self._ask(self.owned, self._owner(owner, each))]
+        found = [self._revive(_Look, key, "", bytes(raw)) for key, raw in rows if not _is_tombstone(raw)]
+        live = [each for each in found if each and each.owner == owner and self.clock() < each.expires]
+        return sorted(live, key=attrgetter("created"))
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
-        kept = None if keep is None else self._key(keep.uid)
-        ended = 0
-        for key in self._ask(self.owned, owner):
-            if key != kept:
-                record = self._ask(self.delete, key)
-                if record is not None:
-                    self._end_record(key, record)
-                    ended += 1
-        return ended
+        _require_owner(owner)
+        kept = "" if keep is None else keep._record.key
+        rows = [row for each in self._owner_keys for row in self._ask(self.take, self._owner(owner, each), kept)]
+        _raise_first([self._end_raw(key, bytes(raw), "all") for key, raw in rows])
+        return len(rows)
+
+    # What can't be opened, and callbacks
+
+    def keep_callback(self, session: Session, callback: Any) -> Any:
+        """What to keep of a callback."""
+        return _component_callback(session, callback)
+
+    def trouble(self, session: Session, interface: Any) -> Exception | None:
+        """Why the component for *interface* can't be opened, if one is kept; one whose interface has come is opened."""
+        closed, name = session._record.closed, _name(interface) if isinstance(interface, InterfaceMeta) else ""
+        if name not in closed or _interfaces.get(name) is not interface:
+            return None
+        trouble = _trouble(session, closed[name][0])
+        if trouble is None:
+            session._components.setdefault(interface, closed.pop(name)[0])
+        return trouble
+
+    def drop(self, session: Session, interface: Any) -> bool:
+        """Drop what can't be opened for *interface*; was there something?"""
+        return session._record.closed.pop(_name(interface), None) is not None
 
 
 class _SQLStore(PersistentStore):
-    """The operations in SQL, as SQLite and PostgreSQL have it in common; `?` is a parameter.
+    """The operations in SQL, as SQLite and PostgreSQL have it in common; ``?`` is a parameter, TABLE the table.
 
-    Strategy: writing a record changes no indexed column, so it costs no more than its own page.
-    That is why a record has two deadlines: `expires` is the real one; `due`, which is indexed, is
-    never later and is put right by the sweep that comes upon it.
+    Strategy: writing a record mostly changes no indexed column, so it costs no more than its own
+    page.  So `due`, which is indexed, is never later than the real deadline, and only put right by
+    the sweep that comes upon it.
     """
 
-    # What PostgreSQL adds to a SELECT of rows to take, and to the condition of a hold.
-    _skip_locked = ""
-    _relaxed = ""
+    # How the driver marks a parameter, and what PostgreSQL adds to the condition of what needn't wait for the disk.
+    _mark, _relaxed = "?", ""
 
-    def __init__(
-        self,
-        *,
-        secret: str | bytes | Sequence[str | bytes],
-        table: str = "minisess",
-        lease: float = 30,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        super().__init__(secret=secret, lease=lease, clock=clock)
+    def __init__(self, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time) -> None:
+        super().__init__(secret=secret, place=table, lease=lease, clock=clock)
         if not (table.isidentifier() and table.isascii()):
             raise ValueError(f"table= is the name of a table (letters, digits, underscores), not {table!r}")
         self.table = table
         self._create_table = [
-            f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, "
-            "expires DOUBLE PRECISION NOT NULL, due DOUBLE PRECISION NOT NULL, owner TEXT NOT NULL, "
-            "holder TEXT, until DOUBLE PRECISION)",
+            f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, due DOUBLE PRECISION "
+            "NOT NULL, owner TEXT NOT NULL, holder TEXT NOT NULL, until DOUBLE PRECISION NOT NULL)",
             f"CREATE INDEX IF NOT EXISTS {table}_due ON {table} (due)",
             f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner <> ''",
         ]
-        free = "(holder IS NULL OR until <= ?)"
-        done = "holder = NULL, until = NULL"
-        some = f"SELECT key FROM {table} WHERE due <= ?"
-        self._insert_sql = f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?)"
-        self._hold_sql = (
-            f"UPDATE {table} SET holder = ?, until = ? WHERE key = ? AND {free}{self._relaxed} RETURNING record"
-        )
-        self._read_sql = f"SELECT record FROM {table} WHERE key = ?"
-        self._write_sql = (
-            f"UPDATE {table} SET record = ?, expires = ?, {done} "
-            "WHERE key = ? AND holder = ? AND owner = ? AND due <= ?"
-        )
-        self._rewrite_sql = (
-            f"UPDATE {table} SET record = ?, expires = ?, owner = ?, due = ?, {done} WHERE key = ? AND holder = ?"
-        )
-        self._free_sql = f"UPDATE {table} SET {done} WHERE key = ? AND holder = ?"
-        self._delete_sql = f"DELETE FROM {table} WHERE key = ? RETURNING record"
-        self._delete_held_sql = f"DELETE FROM {table} WHERE key = ? AND holder = ? RETURNING record"
-        self._due_sql = (
-            f"DELETE FROM {table} WHERE key IN ({some} AND expires <= ? AND {free} "
-            f"ORDER BY due LIMIT ?{self._skip_locked}) RETURNING key, record"
-        )
-        self._defer_sql = (
-            f"UPDATE {table} SET due = CASE WHEN expires > ? THEN expires ELSE until END "
-            f"WHERE key IN ({some} AND NOT (expires <= ? AND {free}) ORDER BY due LIMIT ?{self._skip_locked})"
-        )
-        self._owned_sql = f"SELECT key FROM {table} WHERE owner = ? AND owner <> ''"
-        self._count_sql = f"SELECT count(*) FROM {table}"
 
     def _run(self, sql: str, *args: object) -> Any:
         """Run one statement in a transaction of its own; its rows, or how many it changed if it has none."""
         raise NotImplementedError
 
-    def insert(
-        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
-    ) -> None:
-        self._run(self._insert_sql, key, record, expires, expires, owner or "", token, until)
+    def _sql(self, sql: str, *args: object) -> Any:
+        return self._run(sql.replace("?", self._mark), *args)
+
+    def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
+        sql = "INSERT INTO TABLE VALUES (?, ?, ?, ?, '', 0) ON CONFLICT (key) DO NOTHING"
+        self._sql(sql, key, record, due, owner)
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
-        rows = self._run(self._hold_sql, token, until, key, now)
+        free = f"(until <= ? OR holder = ?){self._relaxed}"
+        sql = f"UPDATE TABLE SET holder = ?, until = ? WHERE key = ? AND {free} RETURNING record"
+        rows = self._sql(sql, token, until, key, now, token)
         if rows:
             return rows[0][0]
-        return HELD if self._run(self._read_sql, key) else None
+        return HELD if self._sql("SELECT 1 FROM TABLE WHERE key = ?", key) else None
 
     def read(self, key: str) -> bytes | None:
-        rows = self._run(self._read_sql, key)
+        rows = self._sql("SELECT record FROM TABLE WHERE key = ?", key)
         return rows[0][0] if rows else None
 
-    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
-        count: int = self._run(self._write_sql, record, expires, key, token, owner or "", expires)
-        if count < 1:
-            # It changes hands, or ends earlier than thought; or it isn't ours any more.
-            count = self._run(self._rewrite_sql, record, expires, owner or "", expires, key, token)
-        return count > 0
+    def write(self, key: str, token: str, record: bytes, due: float, owner: str) -> bool:
+        # The holder stays, so that the same again is answered the same.
+        sql = "UPDATE TABLE SET record = ?, until = 0 WHERE key = ? AND holder = ? AND owner = ? AND due <= ?"
+        if self._sql(sql, record, key, token, owner, due):
+            return True
+        # It changes hands, or ends earlier than thought; or it isn't ours any more.
+        sql = "UPDATE TABLE SET record = ?, owner = ?, due = ?, until = 0 WHERE key = ? AND holder = ?"
+        return bool(self._sql(sql, record, owner, due, key, token))
 
     def free(self, key: str, token: str) -> None:
-        self._run(self._free_sql, key, token)
+        self._sql("UPDATE TABLE SET until = 0 WHERE key = ? AND holder = ?", key, token)
 
-    def delete(self, key: str, token: str | None = None) -> bytes | None:
-        rows = self._run(self._delete_sql, key) if token is None else self._run(self._delete_held_sql, key, token)
+    def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
+        return bool(self._sql(*self._swap(key, old, new, due)))
+
+    def _swap(self, key: str, old: bytes, new: bytes | None, due: float) -> tuple[Any, ...]:
+        if new is None:
+            return f"DELETE FROM TABLE WHERE key = ? AND record = ?{self._relaxed}", key, old
+        return f"UPDATE TABLE SET record = ?, due = ? WHERE key = ? AND record = ?{self._relaxed}", new, due, key, old
+
+    def _tombstone(self, key: str) -> tuple[str, bytes, float]:
+        end = self.clock() + _REMEMBERED
+        return key, _TOMBSTONE + b"%d" % end, end
+
+    def delete(self, key: str) -> bytes | None:
+        rows = self._sql("DELETE FROM TABLE WHERE key = ? AND length(record) > 32 RETURNING record", key)
         return rows[0][0] if rows else None
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        taken: list[tuple[str, bytes]] = self._run(self._due_sql, now, now, now, limit)
-        self._run(self._defer_sql, now, now, now, now, limit)
-        return taken
+        sql = "SELECT key, record FROM TABLE WHERE due <= ? AND until <= ? ORDER BY due LIMIT ?"
+        return self._sql(sql, now, now, limit)  # type: ignore[no-any-return]
 
-    def owned(self, owner: str) -> list[str]:
-        return [key for (key,) in self._run(self._owned_sql, owner)]
+    def owned(self, owner: str) -> list[tuple[str, bytes]]:
+        sql = "SELECT key, record FROM TABLE WHERE owner = ? AND owner <> ''"
+        return self._sql(sql, owner)  # type: ignore[no-any-return]
+
+    def take(self, owner: str, keep: str) -> list[tuple[str, bytes]]:
+        sql = "DELETE FROM TABLE WHERE owner = ? AND owner <> '' AND key <> ? RETURNING key, record"
+        return self._sql(sql, owner, keep)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return int(self._run(self._count_sql)[0][0])
+        return int(self._sql("SELECT count(*) FROM TABLE WHERE length(record) > 32")[0][0])
 
 
 _sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    # A child that inherits an open connection believes that it holds its parent's locks, too.
-    for store in list(_sqlite_stores):
-        store.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
 
 
 class SQLiteStore(_SQLStore):
     """Sessions in an SQLite file, for all processes of one machine.
 
     WAL, ``synchronous=NORMAL``: what was saved survives the death of any process; the last moments
-    before a power failure may be lost.  The other arguments: see `PersistentStore`.
+    before a power failure may be lost.  A new file can be read by its owner only (0600).  Pages of
+    ended sessions are used again; the file itself shrinks by ``VACUUM`` only.  The other
+    arguments: see `PersistentStore`.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        secret: str | bytes | Sequence[str | bytes],
+        secret: Secret,
         table: str = "minisess",
         lease: float = 30,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         import sqlite3
 
@@ -2161,80 +2880,142 @@ class SQLiteStore(_SQLStore):
         super().__init__(secret=secret, table=table, lease=lease, clock=clock)
         self.path = os.fspath(path)
         if self.path == ":memory:" or not self.path:
-            raise ValueError("SQLiteStore needs a file, each of its connections has a :memory: of its own")
-        self._connect = sqlite3.connect
-        # Connections that no thread uses just now, and the process they belong to.
-        self._idle: list[Any] = []
-        self._pid = os.getpid()
+            raise ValueError("SQLiteStore needs a file: a :memory: of its own is what MemoryStore is")
+        self.path = os.path.abspath(self.path)
+        self._sqlite: Any = sqlite3
+        # One connection for all threads, used by one at a time, and which file it has open.
+        self._connection: Any = None
+        self._file: Any = None
+        self._turn: _Turn | None = None
         _sqlite_stores.add(self)
-        for statement in self._create_table:
-            self._ask(self._run, statement)
+        self._ask(self._open)
 
-    def _open_connection(self) -> Any:
-        connection = self._connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
-        # Each write copies a page to the log, and sessions are small: a tenth of the time.  (For new files.)
-        connection.execute("PRAGMA page_size=2048")
-        connection.execute("PRAGMA journal_mode=WAL").fetchall()
-        connection.execute("PRAGMA synchronous=NORMAL")
-        return connection
+    def _open(self) -> None:
+        with self.holds.alone("connection"):
+            self._connect()
 
-    def _run(self, sql: str, *args: object) -> Any:
-        if self._pid != os.getpid():
-            # After a fork: SQLite forbids even closing the parent's connections here.
-            self._inherited, self._idle, self._pid = self._idle, [], os.getpid()
+    def __repr__(self) -> str:
+        return f"<SQLiteStore {self.path}>"
+
+    def _identify(self) -> Any:
         try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._open_connection()
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _connect(self) -> Any:
+        """The connection, opened if need be (alone)."""
+        if self._connection is not None:
+            if self._identify() == self._file:
+                return self._connection
+            self._disconnect()
+            raise StoreError(f"{self.path} was deleted or replaced while it was in use: what was in it is gone")
+        # Not by SQLite, which lets others read it; its other files get the rights of this one.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = self._sqlite.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
         try:
-            cursor = connection.execute(sql, args)
-            answer = cursor.fetchall() if cursor.description else cursor.rowcount
+            # Each write copies a page to the log, and sessions are small: a tenth of the time.  (For new files.)
+            for pragma in ("page_size=2048", "journal_mode=WAL", "synchronous=NORMAL"):
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+            for statement in self._create_table:
+                connection.execute(statement)
         except BaseException:
             connection.close()
             raise
-        self._idle.append(connection)
-        return answer
+        self._connection, self._file = connection, self._identify()
+        return connection
+
+    def _run(self, sql: str, *args: object) -> Any:
+        with self.holds.alone("connection"):
+            return self._execute(self._connect(), sql, *args)
+
+    def _execute(self, connection: Any, sql: str, *args: object) -> Any:
+        cursor = connection.execute(sql.replace("TABLE", self.table), args)
+        return cursor.fetchall() if cursor.description else cursor.rowcount
+
+    def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
+        with self.holds.alone("connection"), self._connect() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            return [bool(self._execute(connection, *self._swap(*verdict))) for verdict in verdicts]
+
+    def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
+        update = "UPDATE TABLE SET key = ?, record = ?, due = ?, owner = ?, until = ? WHERE key = ? AND holder = ?"
+        insert = "INSERT INTO TABLE VALUES (?, ?, ?, '', '', 0)"
+        with self.holds.alone("connection"), self._connect() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            moved = bool(self._execute(connection, update, to, record, due, owner, until, key, token))
+            if moved:
+                self._execute(connection, insert, *self._tombstone(key))
+        return moved
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def close(self) -> None:
-        """Close the connections; they open again when they are needed."""
-        while self._idle and self._pid == os.getpid():
-            self._idle.pop().close()
+        """Close the connection; it opens again when it is needed."""
+        with self.holds.alone("connection"):
+            self._disconnect()
 
     def __del__(self) -> None:
-        if hasattr(self, "_pid"):
-            self.close()
+        if getattr(self, "_connection", None) is not None:
+            self._connection.close()
+
+
+def _before_fork() -> None:
+    # A child that inherits an open connection believes that it holds its parent's locks, too.
+    for store in list(_sqlite_stores):
+        store._turn = turn = store.holds.alone("connection")
+        turn.__enter__()  # after the statement in flight
+        store._disconnect()
+
+
+def _after_fork_in_parent() -> None:
+    for store in list(_sqlite_stores):
+        turn, store._turn = store._turn, None
+        if turn is not None:
+            turn.__exit__()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_persistent_stores):
+        store._token = secrets.token_hex(8)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 class PostgresStore(_SQLStore):
     """Sessions in PostgreSQL, for many hosts.  Its table is created on first use.
 
-    *connect* answers a context manager that gives a DB-API connection, such as
-    ``psycopg_pool.ConnectionPool(...).connection``.  A connection is taken for one statement at a
-    time, so a transaction pooler (PgBouncer) in between will do.  The other arguments: see
-    `PersistentStore`.
+    *connect* answers a context manager that gives a DB-API connection (of psycopg, psycopg2 or
+    pg8000), such as ``psycopg_pool.ConnectionPool(...).connection``.  A connection is taken for one
+    statement at a time, so a transaction pooler (PgBouncer) in between will do.  The other
+    arguments: see `PersistentStore`.
     """
 
-    _skip_locked = " FOR UPDATE SKIP LOCKED"
-    # A hold needn't survive a crash of the server, so it doesn't wait for the disk.  (Half the time.)
-    _relaxed = " AND set_config('synchronous_commit', 'off', true) = 'off'"
+    # A hold needn't survive a crash of the server, nor what a sweep does, so they don't wait for the disk.
+    _mark, _relaxed = "%s", " AND set_config('synchronous_commit', 'off', true) = 'off'"
 
     def __init__(
         self,
         connect: Callable[[], AbstractContextManager[Any]],
         *,
-        secret: str | bytes | Sequence[str | bytes],
+        secret: Secret,
         table: str = "minisess",
         lease: float = 30,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
         if not callable(connect):
-            raise TypeError(f"connect is called for a connection, like ConnectionPool(...).connection, not {connect!r}")
+            raise TypeError(
+                f"connect is called for a connection, {connect!r} can't be: take "
+                "psycopg_pool.ConnectionPool('host=...').connection, without parentheses at its end"
+            )
         super().__init__(secret=secret, table=table, lease=lease, clock=clock)
-        self._connect = connect
-        self._created = False
-        for name, value in list(vars(self).items()):
-            if name.endswith("_sql"):
-                setattr(self, name, value.replace("?", "%s"))
+        self._connect, self._created = connect, False
 
     def _run(self, sql: str, *args: object) -> Any:
         if not self._created:
@@ -2242,20 +3023,43 @@ class PostgresStore(_SQLStore):
                 # Processes that start at once may get in each other's way here.
                 self._execute("; ".join(["SELECT pg_advisory_xact_lock(7306377)", *self._create_table]))
             self._created = True
-        return self._execute(sql, *args)
+        for attempt in itertools.count():
+            try:
+                return self._execute(sql, *args)
+            except Exception as error:
+                # A serialization failure or deadlock: somebody else was at it, and all can be asked again.
+                details = error.args[0] if error.args and isinstance(error.args[0], dict) else {}  # pg8000's
+                state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or details.get("C")
+                if state not in ("40001", "40P01") or attempt >= 50:
+                    raise
+                time.sleep(0.001 * (1 + os.urandom(1)[0] / 64))
+        raise AssertionError
 
     def _execute(self, sql: str, *args: object) -> Any:
+        sql = sql.replace("TABLE", self.table) if self._created else sql
         with self._connect() as connection:
             # One statement, one round trip: without this there would be a BEGIN and a COMMIT.
             before, connection.autocommit = connection.autocommit, True
             cursor = connection.cursor()
             try:
-                cursor.execute(sql, args or None)
-                return cursor.fetchall() if cursor.description else cursor.rowcount
+                cursor.execute(sql, args) if args else cursor.execute(sql)
+                rows = cursor.fetchall() if cursor.description else cursor.rowcount
             finally:
                 cursor.close()
-                if not connection.closed:
+                if not getattr(connection, "closed", False):
                     connection.autocommit = before
+        if isinstance(rows, int):
+            return rows
+        return [tuple(row.values()) if isinstance(row, dict) else row for row in rows]
+
+    def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
+        # In place, so that a DELETE that waits for this row finds it afterwards, too.
+        sql = (
+            "WITH moved AS (UPDATE TABLE SET key = ?, record = ?, due = ?, owner = ?, until = ? "
+            "WHERE key = ? AND holder = ? RETURNING 1) "
+            "INSERT INTO TABLE SELECT ?, ?, ?, '', '', 0 FROM moved"
+        )
+        return bool(self._sql(sql, to, record, due, owner, until, key, token, *self._tombstone(key)))
 
 
 class RedisStore(PersistentStore):
@@ -2263,62 +3067,80 @@ class RedisStore(PersistentStore):
 
     *client* is a ``redis.Redis``, also one from Sentinel, or a ``RedisCluster``, without
     decode_responses.  Each session is a hash ``prefix + "{key}"`` with a time to live, so all that
-    must be atomic happens to one key.  ``prefix + "due"`` (sorted by deadline) and ``prefix +
-    "owner:..."`` only serve to find sessions: each is written before the session and put right when
-    it is read.  The other arguments: see `PersistentStore`.
+    must be atomic happens to one key.  ``prefix + "due"`` and ``prefix + "owner:..."``, sorted by
+    deadline, only serve to find sessions: each is written before the session, again when the
+    deadline has moved on by half an hour, and forgets what has expired.  The other arguments: see
+    `PersistentStore`.
     """
 
     # A session that nobody swept goes by itself so many seconds after its end, without callbacks.
     _grace = 3600
 
+    # Each is one call on one key, and answers a repetition like the first time: a record that was
+    # deleted stays for a minute as "was", with "by", who did it.
     _HOLD = """-- ARGV: token, now, until
         local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until')
         if not v[1] then return 0 end
         if v[2] and v[2] ~= ARGV[1] and tonumber(v[3]) > tonumber(ARGV[2]) then return 1 end
-        redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'until', ARGV[3])
+        if #v[1] > 1 then redis.call('HSET', KEYS[1], 'holder', ARGV[1], 'until', ARGV[3]) end
         return v[1]"""
-    _WRITE = """-- ARGV: token, record, expires, owner, ttl, are the indexes right?
-        local v = redis.call('HMGET', KEYS[1], 'holder', 'owner', 'expires')
-        if v[1] ~= ARGV[1] then return 0 end
-        if ARGV[6] == '0' and (v[2] ~= ARGV[4] or tonumber(ARGV[3]) < tonumber(v[3])) then return v[2] end
-        redis.call('HSET', KEYS[1], 'record', ARGV[2], 'expires', ARGV[3], 'owner', ARGV[4])
-        redis.call('HDEL', KEYS[1], 'holder', 'until')
+    _WRITE = """-- ARGV: token, record, due, owner, ttl, are the indexes right?
+        local v = redis.call('HMGET', KEYS[1], 'holder', 'owner', 'due', 'record')
+        if not v[4] or v[1] ~= ARGV[1] then return 0 end
+        local due, indexed = tonumber(ARGV[3]), tonumber(v[3])
+        if ARGV[6] == '1' then redis.call('HSET', KEYS[1], 'due', ARGV[3], 'owner', ARGV[4])
+        elseif v[2] ~= ARGV[4] or due < indexed or due > indexed + 1800 then return v[2] end
+        redis.call('HSET', KEYS[1], 'record', ARGV[2], 'until', 0)
         redis.call('PEXPIRE', KEYS[1], ARGV[5])
         return 1"""
     _FREE = """-- ARGV: token
-        if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('HDEL', KEYS[1], 'holder', 'until') end"""
-    _DELETE = """-- ARGV: token, or ''
-        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'owner')
-        if not v[1] or (ARGV[1] ~= '' and v[2] ~= ARGV[1]) then return 0 end
+        if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('HSET', KEYS[1], 'until', 0) end"""
+    _SWAP = """-- ARGV: old, new, due, ttl or ''
+        local v = redis.call('HGET', KEYS[1], 'record')
+        if v ~= ARGV[1] then return v == ARGV[2] and 1 or 0 end
+        redis.call('HSET', KEYS[1], 'record', ARGV[2], 'due', ARGV[3])
+        if ARGV[4] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[4]) end
+        return 1"""
+    _DELETE = """-- ARGV: by, the record that it must be or ''
+        local v = redis.call('HMGET', KEYS[1], 'record', 'by', 'was', 'owner')
+        if v[2] == ARGV[1] then return {v[3], v[4]} end
+        if not v[1] or v[1] ~= (ARGV[2] == '' and #v[1] > 1 and v[1] or ARGV[2]) then return 0 end
         redis.call('DEL', KEYS[1])
-        return {v[1], v[3] or ''}"""
-    _TAKE = """-- ARGV: now
-        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until', 'expires', 'owner')
-        if not v[1] then return 0 end
-        local now = tonumber(ARGV[1])
-        if v[2] and tonumber(v[3]) > now then return v[3] end
-        if tonumber(v[4]) > now then return v[4] end
+        redis.call('HSET', KEYS[1], 'by', ARGV[1], 'was', v[1], 'owner', v[4])
+        redis.call('PEXPIRE', KEYS[1], 60000)
+        return {v[1], v[4]}"""
+    _LEAVE = """-- ARGV: token, to, seconds
+        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'to', 'owner')
+        if v[3] == ARGV[2] then return v[4] end
+        if not v[1] or v[2] ~= ARGV[1] then return 0 end
         redis.call('DEL', KEYS[1])
-        return {v[1], v[5] or ''}"""
+        redis.call('HSET', KEYS[1], 'record', string.char(0), 'to', ARGV[2], 'owner', v[4])
+        redis.call('EXPIRE', KEYS[1], ARGV[3])
+        return v[4]"""
 
     def __init__(
         self,
         client: Any,
         *,
-        secret: str | bytes | Sequence[str | bytes],
+        secret: Secret,
         prefix: str = "minisess:",
         lease: float = 30,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ) -> None:
-        super().__init__(secret=secret, lease=lease, clock=clock)
+        super().__init__(secret=secret, place=prefix, lease=lease, clock=clock)
+        if not hasattr(client, "register_script"):
+            raise TypeError(f"RedisStore takes a client, like redis.Redis.from_url('redis://...'), not {client!r}")
         if client.get_encoder().decode_responses:
             raise ValueError("records are bytes: make the Redis client without decode_responses=True")
-        self._client, self._prefix = client, prefix
-        scripts = (self._HOLD, self._WRITE, self._FREE, self._DELETE, self._TAKE)
+        self._client, self._prefix, self._due_index = client, prefix, prefix + "due"
+        scripts = (self._HOLD, self._WRITE, self._FREE, self._SWAP, self._DELETE, self._LEAVE)
         self._scripts = {script: client.register_script(script) for script in scripts}
 
     def _place(self, key: str) -> str:
         return f"{self._prefix}{{{key}}}"
+
+    def _owner_index(self, owner: str | bytes) -> str:
+        return f"{self._prefix}owner:{owner if isinstance(owner, str) else owner.decode()}"
 
     def _eval(self, script: str, key: str, *args: Any) -> Any:
         """Run a script on the record of *key*."""
@@ -2331,29 +3153,34 @@ class RedisStore(PersistentStore):
                 raise
             return registered([self._place(key)], args)  # loads it into a server that is new
 
-    def _ttl(self, expires: float) -> int:
+    def _ttl(self, due: float) -> int:
         """Milliseconds; a lifetime without end gets a hundred years."""
-        return int(min(expires - self.clock() + self._grace, 3.2e9) * 1000)
+        return int(min(max(due - self.clock(), 0) + self._grace, 3.2e9) * 1000)
 
-    def _index(self, key: str, expires: float, owner: str | None) -> None:
-        self._client.zadd(self._prefix + "due", {key: expires})
-        if owner is not None:
-            self._client.sadd(f"{self._prefix}owner:{owner}", key)
+    def _index(self, key: str, due: float, owner: str | bytes) -> None:
+        self._client.zadd(self._due_index, {key: due})
+        if owner:
+            index, ttl = self._owner_index(owner), self._ttl(due)
+            pipeline = self._client.pipeline(transaction=False)
+            pipeline.zremrangebyscore(index, "-inf", self.clock() - self._grace)
+            pipeline.zadd(index, {key: due})
+            pipeline.pttl(index)
+            if pipeline.execute()[-1] < ttl:
+                self._client.pexpire(index, ttl)
 
     def _unindex(self, key: str, owner: bytes) -> None:
-        self._client.zrem(self._prefix + "due", key)
+        self._client.zrem(self._due_index, key)
         if owner:
-            self._client.srem(self._prefix.encode() + b"owner:" + owner, key)
+            self._client.zrem(self._owner_index(owner), key)
 
-    def insert(
-        self, key: str, record: bytes, expires: float, owner: str | None, token: str | None, until: float
-    ) -> None:
-        self._index(key, expires, owner)
-        holder = {} if token is None else {"holder": token, "until": until}
-        fields = {"record": record, "expires": expires, "owner": owner or "", **holder}
+    def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
+        self._index(key, due, owner)
+        self._put(key, record, due, owner)
+
+    def _put(self, key: str, record: bytes, due: float, owner: str, **hold: Any) -> None:
         pipeline = self._client.pipeline(transaction=False)
-        pipeline.hset(self._place(key), mapping=fields)
-        pipeline.pexpire(self._place(key), self._ttl(expires))
+        pipeline.hset(self._place(key), mapping={"record": record, "due": due, "owner": owner, **hold})
+        pipeline.pexpire(self._place(key), self._ttl(due))
         pipeline.execute()
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
@@ -2361,54 +3188,103 @@ class RedisStore(PersistentStore):
         return {0: None, 1: HELD}[answer] if isinstance(answer, int) else answer
 
     def read(self, key: str) -> bytes | None:
-        record: bytes | None = self._client.hget(self._place(key), "record")
-        return record
+        return self._client.hget(self._place(key), "record")  # type: ignore[no-any-return]
 
-    def write(self, key: str, token: str, record: bytes, expires: float, owner: str | None) -> bool:
-        args = [token, record, expires, owner or "", self._ttl(expires)]
+    def write(self, key: str, token: str, record: bytes, due: float, owner: str) -> bool:
+        args = [token, record, due, owner, self._ttl(due)]
         before = done = self._eval(self._WRITE, key, *args, 0)
         if isinstance(before, bytes):
-            # It changes hands, or ends earlier than thought: say so where it is looked for, then write.
-            self._index(key, expires, owner)
+            # It changes hands, or ends earlier than thought, or much later: say so where it is looked for first.
+            self._index(key, due, owner)
             done = self._eval(self._WRITE, key, *args, 1)
-            if done and before and before != (owner or "").encode():
-                self._client.srem(self._prefix.encode() + b"owner:" + before, key)
+            if done and before and before != owner.encode():
+                self._client.zrem(self._owner_index(before), key)
         return bool(done)
 
     def free(self, key: str, token: str) -> None:
         self._eval(self._FREE, key, token)
 
-    def delete(self, key: str, token: str | None = None) -> bytes | None:
-        found = self._eval(self._DELETE, key, token or "")
+    def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
+        if new is None:
+            return self.delete(key, old) is not None
+        self._index(key, due, self._client.hget(self._place(key), "owner") or b"")
+        return bool(self._eval(self._SWAP, key, old, new, due, "" if new == old else self._ttl(due)))
+
+    def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
+        pipeline, by = self._client.pipeline(transaction=False), secrets.token_hex(8)
+        ended = [(key, old) for key, old, new, _ in verdicts if new is None]
+        for key, old in ended:
+            pipeline.eval(self._DELETE, 1, self._place(key), by, old)
+        found = dict(zip([key for key, _ in ended], pipeline.execute(), strict=True))
+        pipeline = self._client.pipeline(transaction=False)
+        for key, answer in found.items():
+            pipeline.zrem(self._due_index, key)
+            if answer and answer[1]:
+                pipeline.zrem(self._owner_index(answer[1]), key)
+        pipeline.execute()
+        return [bool(found[v[0]]) if v[2] is None else self.swap(*v) for v in verdicts]
+
+    def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
+        # The new one first, but in no index: whoever deletes all of an owner's follows from the old one to it.
+        self._put(to, record, due, owner, holder=token, until=until)
+        left = self._eval(self._LEAVE, key, token, to, _REMEMBERED)
+        if not isinstance(left, bytes):
+            self.delete(to)
+            return False
+        self._index(to, due, owner)
+        self._unindex(key, left)
+        return True
+
+    def delete(self, key: str, old: bytes = b"") -> bytes | None:
+        found = self._eval(self._DELETE, key, secrets.token_hex(8), old)
         if not found:
             return None
-        record, owner = found
-        self._unindex(key, owner)
-        return bytes(record)
+        self._unindex(key, found[1])
+        return bytes(found[0])
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        taken: list[tuple[str, bytes]] = []
-        while keys := self._client.zrangebyscore(self._prefix + "due", "-inf", now, start=0, num=limit):
-            for key in map(bytes.decode, keys):
-                found = self._eval(self._TAKE, key, now)
-                if isinstance(found, list):
-                    taken.append((key, found[0]))
-                    self._unindex(key, found[1])
-                elif found:
-                    self._client.zadd(self._prefix + "due", {key: float(found)})
-                else:
-                    self._client.zrem(self._prefix + "due", key)
-            if taken or limit < 1000:  # a request looks at a few, a sweep at all that may be due
+        while True:
+            keys = self._client.zrangebyscore(self._due_index, "-inf", now, start=0, num=limit)
+            rows = self._rows(keys, now)
+            if rows or len(keys) < limit or limit < 1000:  # else all of them went by themselves, or are held
+                return rows
+
+    def _rows(self, keys: list[bytes], now: float) -> list[tuple[str, bytes]]:
+        """The records of those *keys* that there are and that nobody holds; the index of deadlines is put right."""
+        rows, names, pipeline = [], [key.decode() for key in keys], self._client.pipeline(transaction=False)
+        for key in names:
+            pipeline.hmget(self._place(key), "record", "until")
+        for key, (record, until) in zip(names, pipeline.execute(), strict=True):
+            if record is None:
+                self._client.zrem(self._due_index, key)
+            elif float(until or 0) > now:
+                self._client.zadd(self._due_index, {key: float(until)})
+            else:
+                rows.append((key, record))
+        return rows
+
+    def owned(self, owner: str) -> list[tuple[str, bytes]]:
+        return self._rows(self._client.zrange(self._owner_index(owner), 0, -1), _NEVER)
+
+    def take(self, owner: str, keep: str) -> list[tuple[str, bytes]]:
+        taken, index = [], self._owner_index(owner)
+        for key in [key.decode() for key in self._client.zrange(index, 0, -1)]:
+            while key != keep:
+                to, theirs = self._client.hmget(self._place(key), "to", "owner")
+                if to is not None:
+                    key = to.decode()  # it has moved
+                    continue
+                record = self.delete(key) if theirs == owner.encode() else None
+                if record is not None:
+                    taken.append((key, record))
+                elif self._client.hget(self._place(key), "to") is not None:
+                    continue  # at this moment
+                self._client.zrem(index, key)
                 break
         return taken
 
-    def owned(self, owner: str) -> list[str]:
-        keys = [key.decode() for key in self._client.smembers(f"{self._prefix}owner:{owner}")]
-        # What is there says where to look; whose a session is, the session says.
-        return [key for key in keys if self._client.hget(self._place(key), "owner") == owner.encode()]
-
     def __len__(self) -> int:
-        return int(self._client.zcard(self._prefix + "due"))
+        return int(self._client.zcard(self._due_index))
 
 
 # Cookies
@@ -2429,16 +3305,14 @@ class _Uids:
         return _is_uid(value)
 
 
-def _all_cookies(header: str, name: str, but: str = "") -> list[str]:
-    """The uids in a Cookie header that stand under *name*, whatever else is there.
-
-    Four at most, with *but*, which the caller has tried already and doesn't want again.
+def _all_cookies(header: str, name: str) -> list[str]:
+    """The uids in a Cookie header that stand under *name*, whatever else is there; four at most.
 
     Browsers send the cookie of the longest path first (RFC 6265, 5.4); one of the same name may
     come from another application on this or a parent domain.  Only ";" separates and only blanks
     are trimmed, as browsers do it: else a neighbour's cookie could carry one with a __Host- name.
     """
-    found = [but] if _is_uid(but) else []
+    found: list[str] = []
     for pair in header.split(";"):
         key, _, value = pair.partition("=")
         value = value.strip(' \t"')
@@ -2446,10 +3320,12 @@ def _all_cookies(header: str, name: str, but: str = "") -> list[str]:
             found.append(value)
             if len(found) == 4:
                 break
-    return [value for value in found if value != but]
+    return found
 
 
-def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain: str | None, path: str) -> None:
+def _check_cookie_options(
+    name: str, secure: bool | None, samesite: str, domain: str | None, path: str, partitioned: bool
+) -> None:
     """Raise ValueError for what RFC 6265 doesn't allow or browsers would refuse."""
     for option, value in (("cookie", name), ("samesite", samesite), ("path", path), ("domain", domain or "")):
         if not isinstance(value, str):
@@ -2463,6 +3339,8 @@ def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain:
         raise ValueError(f"samesite={samesite!r}: it is 'Lax', 'Strict' or 'None'")
     if samesite == "None" and not secure:
         raise ValueError("samesite='None' needs secure=True: browsers refuse such cookies without Secure")
+    if partitioned and (samesite != "None" or not secure):
+        raise ValueError("partitioned=True needs samesite='None' and secure=True: such cookies are for embedded pages")
     if not path.startswith("/") or not all(" " < c <= "~" and c not in ";," for c in path):
         raise ValueError(f"path={path!r} has to start with a slash and be made of visible ASCII characters but ; and ,")
     if domain is not None and (
@@ -2481,7 +3359,8 @@ def _check_cookie_options(name: str, secure: bool | None, samesite: str, domain:
 # WSGI
 # ---------------------------------------------------------------------------
 
-_KEY = "minisess.session"
+# Where the environ has the exchange; a vendored copy of this file has a place of its own.
+_KEY = f"{__name__}.session"
 
 # What a response with a new cookie says to shared caches, and what says more.
 _NO_CACHE = 'no-cache="Set-Cookie"'
@@ -2500,7 +3379,7 @@ def _with_directive(
     return [*others, (name, ", ".join([*filter(None, values), directive]))]
 
 
-def _over(data: object, headers: object = None, exc_info: Any = None) -> Any:
+def _too_late(data: object, headers: object = None, exc_info: Any = None) -> Any:
     """Stands for the server's start_response and write() when the response is over."""
     if exc_info:
         raise exc_info[1]
@@ -2512,87 +3391,125 @@ class _Exchange:
 
     The application's start_response is recorded, and passed on when the first of its body is
     there (PEP 3333 lets headers go no earlier), so that whatever it does until then counts.
+    Only the environ refers to it, so that the hold dies with the request.
     """
 
-    # fmt: off
-    __slots__ = (
-        "_middleware", "_start", "_response", "_sent", "_send", "_outer",
-        "_session", "_secure", "_uid", "_hold", "_cookie",
-    )
-    # fmt: on
-
+    # Strategy: most of these stay what they are here, so a request doesn't set them.
     _middleware: SessionMiddleware
     # The server's start_response and write(), until the response is over: a server that keeps the
     # environ, as waitress does, would refer to itself through them, and wait for the garbage collector.
     _start: Any
-    _send: Any
-    _response: Any  # what the application gave to ours: (status, headers, exc_info), or None
-    _sent: bool  # did the headers leave?
-    _outer: _Exchange | None  # that of a middleware around this one, with another cookie
-    _session: Any
-    # These are set once there is a session:
-    _secure: bool  # does the cookie need Secure?
-    _uid: str | None  # the live session that the client has a cookie of
-    _hold: Any  # what that session's hold was when it was opened
-    _cookie: str | None  # a Set-Cookie header
+    _send: Any = None
+    _response: Any = None  # what the application gave to ours: (status, headers, exc_info)
+    _sent = False  # did the headers leave?
+    _over = False  # is the response over?
+    _outer: _Exchange | None = None  # that of a middleware around this one, with another cookie
+    _opened: list[Session]  # what threads of this request have opened at once: the first is everyone's
+    _session: Any = None
+    _look: Any = _MISSING  # what `peek` has answered
+    _secure = False  # does the cookie need Secure?
+    _came: str | None = None  # the uid of the live session that the request came with
+    _gone = False  # has that ended while this request held it?
+    _cookie: str | None = None  # a Set-Cookie header
+
+    @property
+    def _patience(self) -> float:
+        return self._middleware.patience
 
     # The session
 
-    def open(self, environ: dict[str, Any]) -> Any:
-        """The live session that the request has a cookie of, or else a new one."""
-        middleware, session, hold = self._middleware, None, None
+    def open(self, environ: dict[str, Any], peeking: bool = False) -> Any:
+        """The live session that the request has a cookie of, or else a new one (None for who only looks)."""
+        middleware, session = self._middleware, None
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
-        self._uid = self._hold = self._cookie = None
         header = environ.get("HTTP_COOKIE")
         if header is not None:
-            hold = middleware.locking and not self._sent  # once they have left, nothing would let go of it
             # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
             # 0.15 us whatever the header's length, http.cookies 5 to 27.
             uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
-            if uid in middleware._candidates:
-                session = middleware.store.open(uid, middleware.patience, hold)
-            if session is None:
-                uid, session = self._open_another(header, uid, hold)
-            if session is not None:
-                self._uid = uid
-                if hold:
-                    self._hold = session._hold
-        self._session = session = session or self._create()
-        return session
-
-    def _open_another(self, header: str, uid: str, hold: bool) -> tuple[str, Any]:
-        """Another of our cookies and its session, if *uid*, which was tried first, has none."""
-        middleware = self._middleware
-        name = middleware._names[self._secure]
-        if _is_uid(uid):
-            _log(20, uid, "isn't known (any more)")
-            if header.count(name) == 1:  # that was it
-                return uid, None
-        for other in _all_cookies(header, name, uid):
-            session = middleware.store.open(other, middleware.patience, hold)
-            if session is not None:
-                return other, session
-            _log(20, other, "isn't known (any more)")
-        return uid, None
-
-    def replace(self) -> Any:
-        """A new session, after the one of this request has ended."""
-        self.abort()
-        if self._session._by != get_ident():
-            self._uid = None  # others ended it, the client's cookie may be a new one by now
-        session = self._session = self._create()
-        session._put(_by=get_ident())  # so its cookie is for this client
-        self._hold = None
-        return session
-
-    def _create(self) -> Any:
+            tried = uid if uid in middleware._candidates else ""
+            if tried and not peeking:
+                session = middleware.store.open(uid, middleware.patience, self)
+            elif tried:
+                session = middleware.store.peek(uid, self)
+            if session is not None and session is not MOVED:
+                self._came = uid
+            else:
+                if tried:
+                    self._log_unknown(uid, session)
+                # Another of our cookies may be the right one; most often there is no other.
+                name = middleware._names[secure]
+                for other in [uid] if _is_uid(uid) and header.count(name) == 1 else _all_cookies(header, name):
+                    if other != tried and (session is None or session is MOVED):
+                        session = self._ask(other, peeking) or session
+        if peeking:
+            return None if session is MOVED else session
+        if session is None or session is MOVED:
+            session = self._create(session is MOVED)
+            if not secure and environ.get("HTTP_X_FORWARDED_PROTO") == "https":
+                middleware._warn_of_proxy()
         if self._sent:
+            middleware._warn_of_vary(self._response[1])
+        self._opened.append(session)
+        self._session = session = self._opened[0]
+        if self._over:  # it has ended while a thread of it opened this
+            middleware.store.release(session)
+        return session
+
+    def peek(self, environ: dict[str, Any]) -> Session | None:
+        """The session as it was last saved, or the one that this request has opened."""
+        found = self._session
+        if found is None:
+            if self._look is _MISSING:
+                self._look = self.open(environ, peeking=True)
+            found = self._look
+        return None if found is None or found._record.state is _ENDED else found
+
+    def look_back(self, environ: dict[str, Any]) -> Session:
+        """What there is to see when the response is over, say for an error page around the middleware."""
+        return self.peek(environ) or self._create()
+
+    def _ask(self, uid: str, peeking: bool) -> Any:
+        store = self._middleware.store
+        session = store.peek(uid, self) if peeking else store.open(uid, self._middleware.patience, self)
+        if session is None or session is MOVED:
+            self._log_unknown(uid, session)
+        else:
+            self._came = uid
+        return session
+
+    def _log_unknown(self, uid: str, session: object) -> None:
+        if _logger.isEnabledFor(logging.INFO):
+            handle = _hash(uid, getattr(self._middleware.store, "place", ""))[:16]
+            _log(logging.INFO, "unknown", handle, "has moved on" if session is MOVED else "isn't known (any more)")
+
+    def again(self, session: Session) -> Session:
+        """*session*, which has let go of its record or ended, or what comes after it."""
+        store, record = self._middleware.store, session._record
+        if record.state is not _ENDED and not self._over:
+            store.refresh(session)
+            record = session._record
+        if record.state is not _ENDED or self._sent:
+            return session
+        self._gone = self._gone or record.hold is session._token
+        moved = not self._gone and self._came is not None and store.peek(self._came) is MOVED
+        self._session = session = self._create(moved)
+        self._opened = [session]
+        return session
+
+    def _create(self, moved: bool = False) -> Session:
+        """A new session; a stand-in that is never stored, if what the request came with has moved on."""
+        if self._sent or self._over:
             raise SessionError(
                 "the headers have left, so a new session couldn't send its cookie: "
                 "call ISession(environ) before the first piece of the body"
             )
         middleware = self._middleware
-        return middleware.store.create(middleware.lifetime, middleware.max_lifetime)
+        session: Session = middleware.store.create(middleware.lifetime, middleware.max_lifetime)
+        session._token = ref(self)
+        if moved:
+            session._record.state = _MOVED
+        return session
 
     # The response
 
@@ -2620,20 +3537,10 @@ class _Exchange:
         if self._response is None:
             raise AssertionError("the application answered without calling start_response (PEP 3333)")
         status, headers, exc_info = self._response
-        session = self._session
-        if session is not None:
-            # Its uid before it is saved: then a login may come in, whose new uid isn't for this client.
-            middleware, uid = self._middleware, session.uid
-            # After session.release() somebody else may hold it.
-            held = self._hold is not None and session._hold is self._hold
-            if held or session._state is not _STORED or not middleware.locking or session._is_changed():
-                if session._state is not _ENDED:
-                    middleware.store.save(session)
-                # Nothing is saved of a session that ended, and in another thread save() doesn't let go.
-                if held and (session._state is _ENDED or self._hold != get_ident()):
-                    middleware.store.release(session)
-            if uid != self._uid or session._state is not _STORED or middleware.persistent:
-                self._cookie = self._choose_cookie(session, uid, held)
+        if self._session is not None:
+            self._save(self._session, status)
+            headers = self._dress(headers)
+        elif self._look is not _MISSING:
             headers = self._dress(headers)
         self._sent, start = True, self._start
         if exc_info is None:
@@ -2645,19 +3552,29 @@ class _Exchange:
             finally:
                 exc_info = None  # its traceback refers to this frame
 
-    def _choose_cookie(self, session: Any, uid: str, held: bool) -> str | None:
-        """The Set-Cookie header for a session that is new, renewed or over, if it is for this client.
+    def _save(self, session: Session, status: str) -> None:
+        """Save it, unless the request has failed, and find out what its client is to be told.
 
-        Who renewed or ended a session matters: a request that still came with the old id (that
-        may be an attacker's) must not be told the new one, nor take away what a login just set.
+        A response carries the id of its record, if that isn't the id its request came with and the
+        record lives; it deletes the cookie, if the record ended while this request held it.
         """
-        middleware, mine = self._middleware, session._by == get_ident()
-        if session._state is _STORED:
-            if held or mine or self._uid in (None, uid):
-                return middleware._set_cookie(self._secure, uid, session.expires)
-        elif self._uid is not None and (mine or session._state is _NEW):
-            return middleware._delete_cookie(self._secure)
-        return None
+        middleware, record = self._middleware, session._record
+        # The uid is read before the hold is let go of: afterwards it may be another's.
+        uid, refreshed = record.uid, False
+        if status[:1] == "5":
+            self.abort()
+        elif session._base is not None:
+            middleware.store.save_late(session)
+        elif record.state is not _ENDED:
+            if middleware.persistent or record.forgotten is not None:
+                refreshed = middleware._renew_cookie(record)
+            middleware.store.save(session)
+        record = session._record  # another, if it was found to have moved
+        if record.state is _STORED:
+            if uid != self._came or refreshed:
+                self._cookie = middleware._set_cookie(self._secure, uid, record)
+        elif self._came is not None and (self._gone or record.state is _ENDED and record.hold is session._token):
+            self._cookie = middleware._delete_cookie(self._secure)
 
     def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The application's headers and ours, in a list of our own (theirs may be a constant)."""
@@ -2682,24 +3599,34 @@ class _Exchange:
         session = self._session
         if session is None:
             return
-        if session._state is _NEW:
-            session._clear()
-        elif session._hold is not None and session._hold is self._hold:
-            try:
-                self._middleware.store.release(session)
-            except SessionError as error:
-                _log(30, session.uid, "wasn't let go, its lease will end: %s", error)
+        if session._record.state in (_NEW, _MOVED):
+            session._record.clear()
+            return
+        try:
+            self._middleware.store.release(session)
+        except SessionError as error:
+            _log(logging.WARNING, "failed", session.handle, "wasn't let go, its lease will end: %s", error)
 
     def close(self) -> None:
         """The response is over.  What a body did to its session while it was sent is saved now."""
-        session, sent = self._session, self._sent
-        if not sent:
+        session, store = self._session, self._middleware.store
+        self._over = True
+        try:
+            if not self._sent or self._response[0][:1] == "5":
+                self.abort()
+            elif session is not None and session._record.state is _STORED:
+                store.save_late(session) if session._base is not None else store.save(session)
+        except SessionConflict as error:
+            assert session is not None
+            _log(logging.ERROR, "conflict", session.handle, "after the headers had left: %s", error)
+        except BaseException:
             self.abort()
-        self._session, self._sent = None, True  # from here on it is too late for a new session
-        self._start = self._send = _over
-        self._response = ()
-        if sent and session is not None and session._state is _STORED and session._is_changed():
-            self._middleware.store.save(session)
+            raise
+        finally:
+            self._sent, self._response = True, ("", [], None)
+            self._start = self._send = _too_late
+            if session is not None:
+                store.leave(session)
 
 
 class _Body:
@@ -2722,35 +3649,62 @@ class _Body:
             if not exchange._sent:  # write() may have been called
                 exchange.commit()
             raise
+        except BaseException:
+            if not exchange._sent:  # some servers don't call close() then
+                exchange.abort()
+            raise
         if not exchange._sent:
             exchange.commit()
         return chunk
 
     def close(self) -> None:
+        exchange = self._exchange
         try:
             close = getattr(self._result, "close", None)
             if close is not None:
                 close()
         finally:
-            self._exchange.close()
+            exchange.close()
 
     def __del__(self) -> None:
         # A server that forgets close() doesn't leave the session locked.
-        self._exchange.close()
+        if not self._exchange._over:
+            self._exchange.close()
+
+
+def _as_store(store: object) -> Any:
+    if store is None:
+        return MemoryStore()
+    if isinstance(store, type):
+        raise TypeError(f"a store is an object, {store.__name__} is a class: write {store.__name__}(...)")
+    if isinstance(store, (str, os.PathLike)):
+        raise TypeError(f"a store is an object, not {store!r}: take SQLiteStore({str(store)!r}, secret=...)")
+    return IStore(store)
 
 
 class SessionMiddleware:
     """Wrap a WSGI application so that ``ISession(environ)`` is the visitor's session (PEP 3333).
 
     *store*: whatever adapts to `IStore`; None is a `MemoryStore` of its own.
-    *cookie*: the cookie's name; over https it gets the prefix ``__Host-``.
+    *cookie*: the cookie's name; over https it gets the prefix ``__Host-``, or ``__Secure-``.
     *lifetime*: seconds without a request after which a session ends (``session.setLifetime`` overrides it).
     *max_lifetime*: seconds after which it ends whatever happens.  None is no limit, for both.
-    *locking*: one request of a session at a time; else changes are merged component by component.
     *patience*: seconds that a request waits for another of the same session, before `SessionBusy`.
     *secure*: True where a proxy ends TLS; None goes by ``wsgi.url_scheme``; False never sets Secure.
-    *samesite*, *domain*, *path*: as in RFC 6265bis.
-    *persistent*: the cookie outlives the browser (Max-Age), as long as the session does.
+    *samesite*, *domain*, *path*: as in RFC 6265bis.  Outside *path* there is no session.
+    *partitioned*: the cookie is kept apart for each site that embeds this one (CHIPS).
+    *persistent*: the cookie outlives the browser (Max-Age), as long as the session does.  (It has
+    nothing to do with `PersistentStore`; for those who tick "remember me" it is ``login(remember=)``.)
+
+    A request's way::
+
+        SessionMiddleware     puts an exchange into the environ, calls the application
+        ISession(environ)     the exchange finds the cookie, the store opens and holds the session
+                              (it waits while another request holds it)
+        IFoo(session)         the component kept for IFoo, or a new one from the adapter
+        start_response        recorded, not yet sent
+        first piece of body   the session is saved, if anything is kept on it; the next request may
+                              begin; the headers leave, with Vary, and Set-Cookie if the id is new
     """
 
     def __init__(
@@ -2761,49 +3715,94 @@ class SessionMiddleware:
         cookie: str = "sid",
         lifetime: float | None = 1800,
         max_lifetime: float | None = 43200,
-        locking: bool = True,
         patience: float = 10,
         secure: bool | None = None,
         samesite: str = "Lax",
         domain: str | None = None,
         path: str = "/",
+        partitioned: bool = False,
         persistent: bool = False,
     ) -> None:
         if not callable(app):
             raise TypeError(f"{app!r} isn't a WSGI application, it can't be called")
         if not isinstance(patience, (int, float)) or not patience >= 0:
             raise ValueError(f"patience is a number of seconds, not {patience!r}")
-        _check_cookie_options(cookie, secure, samesite, domain, path)
-        self.app = app
-        self.store: Any = MemoryStore() if store is None else IStore(store)
-        self.cookie = cookie
+        _check_cookie_options(cookie, secure, samesite, domain, path, partitioned)
+        self.app, self.cookie, self.path, self.store = app, cookie, path, _as_store(store)
         self.lifetime, self.max_lifetime = _seconds(lifetime, "lifetime"), _seconds(max_lifetime, "max_lifetime")
-        self.locking, self.patience, self.secure, self.persistent = locking, patience, secure, persistent
+        _check_lifetimes(self.lifetime, self.max_lifetime, "give SessionMiddleware a larger max_lifetime=, or None")
+        self.patience, self.secure, self.persistent = patience, secure, persistent
         self._has_default_store = store is None
         self._secure_schemes = {None: ("https",), True: ("http", "https"), False: ()}[secure]
         # What may be a session's id.  Strategy: what is in the dict is well-formed, and finding it
         # there takes a tenth of checking its characters.
-        self._candidates = self.store._sessions if isinstance(self.store, MemoryStore) else _Uids()
-        host = secure is not False and path == "/" and domain is None and not cookie.lower().startswith("__")
+        self._candidates = self.store._records if isinstance(self.store, MemoryStore) else _Uids()
+        prefix = "__Host-" if path == "/" and domain is None else "__Secure-"
         # Each of these for http and for https: the cookie's name, how it begins in a header, what follows its value.
-        self._names = (cookie, "__Host-" + cookie if host else cookie)
+        self._names = (cookie, cookie if secure is False or cookie.startswith("__") else prefix + cookie)
         self._marks = tuple(f"; {name}=" for name in self._names)
         attributes = f"; Path={path}" + (f"; Domain={domain}" if domain else "") + f"; HttpOnly; SameSite={samesite}"
-        self._attributes = (attributes, attributes + "; Secure")
+        self._attributes = (attributes, attributes + "; Secure" + ("; Partitioned" if partitioned else ""))
+        self._warned: set[str] = set()
 
-    def _set_cookie(self, secure: bool, uid: str, expires: float) -> str:
+    def _renew_cookie(self, record: _Record) -> bool:
+        """Has a tenth of the cookie's Max-Age gone?  Then *record* notes that there will be another."""
+        now = self.store.clock()
+        sent, end = record.cookie or (now, now)
+        if 0 <= now - sent < (end - sent) / 10:
+            return False
+        record.cookie = now, min(now + record.lifetime, record.since + record.max_lifetime)
+        return True
+
+    def _set_cookie(self, secure: bool, uid: str, record: _Record) -> str:
         age = ""
-        if self.persistent:
+        if record.cookie is not None:
             # Browsers keep a cookie for 400 days at most.
-            age = f"; Max-Age={int(min(expires - self.store.clock(), 34560000))}"
+            age = f"; Max-Age={round(min(record.cookie[1] - record.cookie[0], 34560000))}"
         return f"{self._names[secure]}={uid}{self._attributes[secure]}{age}"
 
     def _delete_cookie(self, secure: bool) -> str:
         end = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
         return f"{self._names[secure]}={self._attributes[secure]}{end}"
 
+    def _warn(self, event: str, place: str, message: str) -> None:
+        """Log a warning, once for each *place*."""
+        if place not in self._warned:
+            self._warned.add(place)
+            _log(logging.WARNING, event, "-", message)
+
+    def _warn_of_proxy(self) -> None:
+        if self.secure is None:
+            self._warn(
+                "insecure",
+                "proxy",
+                "a proxy says X-Forwarded-Proto: https, but the scheme is http, so cookies aren't Secure: "
+                "SessionMiddleware(secure=True), or let the server set wsgi.url_scheme",
+            )
+
+    def _warn_of_vary(self, headers: list[tuple[str, str]]) -> None:
+        if not any(name.lower() == "vary" and ("cookie" in value.lower() or "*" in value) for name, value in headers):
+            frame: Any = sys._getframe()
+            while frame.f_back is not None and frame.f_globals is globals():
+                frame = frame.f_back
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            self._warn(
+                "vary",
+                place,
+                f"{place} uses the session first when the headers have left without Vary: Cookie, so a cache may give "
+                "the response to others: call ISession(environ) before the first piece of the body",
+            )
+
+    def _covers(self, environ: dict[str, Any]) -> bool:
+        """Is the request within the cookie's path?  (RFC 6265, 5.1.4)"""
+        path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+        ours = self.path
+        return path == ours or path.startswith(ours if ours.endswith("/") else ours + "/")
+
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         outer = None
+        if self.path != "/" and not self._covers(environ):
+            return self.app(environ, start_response)
         if _KEY in environ:
             outer = environ[_KEY]
             if outer is None or outer._sent:  # of an earlier request with this environ, somebody tries again
@@ -2817,17 +3816,22 @@ class SessionMiddleware:
             environ = environ.copy()  # so that there are two sessions, each where it belongs
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._start, exchange._outer = self, start_response, outer
-        exchange._response = exchange._session = None
-        exchange._sent = False
+        exchange._middleware, exchange._start, exchange._opened = self, start_response, []
         result = None
+        if outer is not None:
+            exchange._outer = outer
         try:
             app = self.app
             result = app(environ, exchange.start_response)
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
-                if not exchange._sent:
+                exchange._over = True
+                if exchange._sent:  # by write()
+                    exchange.close()
+                else:
                     exchange.commit()
-                exchange._start = exchange._send = _over
+                    if exchange._session is not None and exchange._session._base is not None:
+                        self.store.leave(exchange._session)
+                exchange._start = exchange._send = _too_late
                 return result
             return _Body(exchange, result)
         except BaseException:
@@ -2852,20 +3856,50 @@ class SessionMiddleware:
             )
 
 
+def _environ(request: object) -> dict[str, Any]:
+    """The environ of a framework's request, by the names they have for it."""
+    if type(request) is dict:
+        return request
+    for name in ("environ", "env", "wsgi_environ"):
+        environ = getattr(request, name, None)
+        if isinstance(environ, dict):
+            return environ
+    return request if isinstance(request, dict) else {}
+
+
 def _session_of_environ(environ: dict[str, Any]) -> Any:
     exchange = environ.get(_KEY)
     if exchange is None:
         return None
     session = exchange._session
     if session is None:
-        return exchange.open(environ)
-    return exchange.replace() if session._state is _ENDED else session
+        return exchange.look_back(environ) if exchange._over else exchange.open(environ)
+    if session._base is not None or session._record.state is _ENDED:
+        return exchange.again(session)
+    return session
 
 
 def _session_of_request(request: object) -> Any:
-    environ = getattr(request, "environ", None)
-    return _session_of_environ(environ) if isinstance(environ, dict) else None
+    return _session_of_environ(_environ(request))
 
 
 registerAdapter(_session_of_environ, dict, ISession)
 registerAdapter(_session_of_request, object, ISession)
+
+
+def peek(request: object) -> Session | None:
+    """The visitor's session as it was last saved, or None; for requests that only look, which are most.
+
+    *request* is what ISession takes.  It holds nothing, waits for nobody, creates nothing, and
+    writes nothing, but that once in an eighth of the lifetime the idle clock starts again.  To set
+    anything on it is an error; a component that an adapter makes for it isn't kept.  The response
+    gets ``Vary: Cookie``.  After ``ISession(environ)`` in the same request it answers that session.
+
+    In a MemoryStore components are live objects: what another request does to them is seen.
+    """
+    environ = _environ(request)
+    exchange = environ.get(_KEY)
+    if exchange is None:
+        raise CannotAdapt(request, ISession, ISession.__advice__)
+    found: Session | None = exchange.peek(environ)
+    return found

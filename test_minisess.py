@@ -1,10 +1,27 @@
-"""Tests of minisess, section by section as the module has them."""
+"""Tests of minisess, section by section as the module has them.
+
+    Tools              one client, one application factory, a clock that stands still
+    The module         what it looks like as a text
+    The mail           the behaviours with which it started
+    Errors, Interfaces, Look-up order, Look-ups compared with zope.interface, Components, Types
+    Sessions, Holding, Records, Memory store, Persistent stores
+    Cookies            what is sent, and what is read
+    WSGI               each way to answer, peek, requests in parallel
+    Security           what an attacker may try, what the log says
+    Frameworks         their requests, and servers and clients for real: sockets, gevent, curl, Chromium
+    Examples, README, What a newcomer meets, The package
+
+All of it: ``python -m pytest``.  One part: ``-k "sqlite and contract"``, ``-k interface``, ``-k cookie``.
+Whatever needs a server, driver, framework or browser that isn't there is skipped with a reason;
+with MINISESS_REQUIRE_ALL=1 that fails.  Time is injected, and the order of tests doesn't matter.
+"""
 
 from __future__ import annotations
 
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import decimal
@@ -15,15 +32,19 @@ import fractions
 import functools
 import gc
 import glob
+import http
 import http.client
+import importlib.util
 import inspect
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import multiprocessing
 import operator
 import os
+import pathlib
 import pickle
 import pydoc
 import random
@@ -42,8 +63,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
-import tracemalloc
 import types
 import typing
 import urllib.parse
@@ -52,6 +71,7 @@ import uuid
 import warnings
 import weakref
 import zipfile
+import zoneinfo
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -61,38 +81,27 @@ from wsgiref.validate import validator
 import pytest
 
 import minisess
+
+# fmt: off
+# isort: off
 from minisess import (
-    Adapter,
-    CannotAdapt,
-    Componentized,
-    DuplicateAdapter,
-    GuardSession,
-    Interface,
-    ISession,
-    IStore,
-    MemoryStore,
-    NotStorable,
-    PersistentStore,
-    PostgresStore,
-    RedisStore,
-    SealError,
-    Session,
-    SessionBusy,
-    SessionConflict,
-    SessionError,
-    SessionMiddleware,
-    SQLiteStore,
-    StoreError,
-    implementedBy,
-    implementer,
-    providedBy,
-    registerAdapter,
-    registry,
-    storable,
+    Adapter, CannotAdapt, Componentized, DuplicateAdapter, GuardSession, Interface, ISession, IStore, MemoryStore,
+    NotStorable, PersistentStore, PostgresStore, RedisStore, SealError, Session, SessionBusy, SessionConflict,
+    SessionError, SessionMiddleware, SQLiteStore, StoreError, implementedBy, implementer, providedBy,
+    registerAdapter, registry, storable,
 )
+# isort: on
+# fmt: on
+
+try:
+    import tracemalloc
+except ImportError:  # PyPy has none
+    tracemalloc = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SECRET = "a secret of the tests' own, long enough"
+UID = "[A-Za-z0-9_-]{43}"
+FOREIGN = [letter * 43 for letter in "abcdef"]  # well-formed ids that no store has given out
 
 # Tools
 # ---------------------------------------------------------------------------
@@ -148,34 +157,37 @@ class Response:
 
 
 class Browser:
-    """Sends requests to a WSGI application, wsgiref.validate on both sides, and keeps its cookies."""
+    """A client that keeps its cookies.
 
-    def __init__(self, application, scheme="http"):
-        self.application, self.scheme, self.cookies = application, scheme, {}
+    *target* is a WSGI application, called by the letter of PEP 3333 with wsgiref.validate in front
+    of it, or the port of a server.  `events` has the statuses and pieces that an application sent.
+    """
+
+    def __init__(self, target, scheme="http", cookies=()):
+        self.application, self.scheme, self.cookies, self.events = target, scheme, dict(cookies), []
+
+    @property
+    def cookie(self):
+        """The Cookie header."""
+        return "; ".join(f"{name}={value}" for name, value in self.cookies.items())
 
     def environ(self, path="/", method="GET", **more):
         environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": ""}
         environ["wsgi.url_scheme"] = self.scheme
         if self.cookies:
-            environ["HTTP_COOKIE"] = "; ".join(f"{k}={v}" for k, v in self.cookies.items())
+            environ["HTTP_COOKIE"] = self.cookie
         environ.update(more)
         setup_testing_defaults(environ)
         return environ
 
-    def request(self, path="/", method="GET", **more):
-        started, written = [], []
-
-        def start_response(status, headers, exc_info=None):
-            started.append((status, list(headers)))
-            return written.append
-
-        result = validator(self.application)(self.environ(path, method, **more), start_response)
-        try:
-            body = b"".join([*written, *result])
-        finally:
-            result.close()
-        status, headers = started[-1]
-        response = Response(status, headers, body)
+    def request(self, path="/", method="GET", body=b"", most=None, **more):
+        """*most* pieces of the response; then the client goes away."""
+        environ = self.environ(path, method, **more)
+        if body:
+            environ["CONTENT_TYPE"], environ["CONTENT_LENGTH"] = "application/x-www-form-urlencoded", str(len(body))
+            environ["wsgi.input"] = io.BytesIO(body)
+        by = self.by_socket if isinstance(self.application, int) else self.by_call
+        response = by(environ, body, most)
         for cookie in response.all("Set-Cookie"):
             name, _, value = cookie.partition(";")[0].partition("=")
             if "Max-Age=0" in cookie:
@@ -186,6 +198,43 @@ class Browser:
 
     get = request
 
+    def post(self, path="/", **form):
+        return self.request(path, "POST", urllib.parse.urlencode(form).encode())
+
+    def by_call(self, environ, body, most):
+        started, sent = [], []
+
+        def start_response(status, headers, exc_info=None):
+            if exc_info is not None and sent:
+                raise exc_info[1]
+            assert exc_info is not None or not started
+            started.append((status, list(headers)))
+            self.events.append(status)
+            return send
+
+        def send(data):
+            if data:
+                sent.append(data)
+                self.events.append(data)
+
+        result = validator(self.application)(environ, start_response)
+        try:
+            for data in itertools.islice(result, most):
+                send(data)
+        finally:
+            result.close()
+        return Response(*started[-1], b"".join(sent))
+
+    def by_socket(self, environ, body, most):
+        headers = {name[5:].replace("_", "-"): value for name, value in environ.items() if name.startswith("HTTP_")}
+        if body:
+            headers["Content-Type"] = environ["CONTENT_TYPE"]
+        connection = http.client.HTTPConnection("127.0.0.1", self.application, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(environ["REQUEST_METHOD"], environ["PATH_INFO"], body, headers)
+            answer = connection.getresponse()
+            return Response(f"{answer.status} {answer.reason}", answer.getheaders(), answer.read(most))
+
 
 def wrap(application, *args, **options):
     """SessionMiddleware around *application*, wsgiref.validate between them."""
@@ -195,6 +244,74 @@ def wrap(application, *args, **options):
 def plain(start_response, text="", status="200 OK", headers=()):
     start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
     return [str(text).encode()]
+
+
+def script(*steps, headers=()):
+    """An application that does *steps*, one after the other.
+
+    A str is a status to start the response with (the second time with exc_info); bytes are a piece
+    of the body; anything else is the body; an exception is raised; a function is called with the
+    environ, what it answers is a step.  After `...` the call has returned, the rest is a body.
+    """
+
+    def app(environ, start_response):
+        started = []
+
+        def start(status):
+            more = [("Content-Type", "text/plain")] if status[:3] not in ("204", "304") else []
+            try:
+                if started:
+                    raise LookupError("an error of the application's")
+                started.append(start_response(status, [*more, *headers]))
+            except LookupError:
+                start_response(status, more, sys.exc_info())
+
+        def play(steps):
+            for step in steps:
+                if isinstance(step, types.FunctionType):
+                    step = step(environ)
+                if isinstance(step, type):
+                    raise step
+                if isinstance(step, str):
+                    start(step)
+                elif step is not None:
+                    yield step
+
+        cut = steps.index(...) if ... in steps else len(steps)
+        body = []
+        for piece in play(steps[:cut]):
+            if isinstance(piece, bytes):
+                started[0](piece)
+            else:
+                body = piece
+        return body if cut == len(steps) else Pieces(play(steps[cut + 1 :]), app)
+
+    app.closed = 0
+    return app
+
+
+class Pieces:
+    """A body that wants to be closed."""
+
+    def __init__(self, pieces, app):
+        self.pieces, self.app = pieces, app
+
+    def __iter__(self):
+        return self.pieces
+
+    def close(self):
+        self.app.closed += 1
+        self.pieces.close()
+
+
+def acting(default, **actions):
+    """An application that answers with what *default*, or at /NAME actions[NAME], makes of the session."""
+
+    def app(environ, start_response):
+        action = actions.get(environ["PATH_INFO"].rpartition("/")[2], default)
+        return plain(start_response, action(ISession(environ)))
+
+    return app
 
 
 def free_port():
@@ -216,6 +333,12 @@ def wait_for(port, process=None, seconds=30):
     raise RuntimeError(f"nothing listens on port {port}")
 
 
+def at_once(*works):
+    """The results of *works*, each called in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+        return [future.result(30) for future in [pool.submit(work) for work in works]]
+
+
 class ICounter(Interface):
     hits: int
 
@@ -229,77 +352,71 @@ class Counter:
 registerAdapter(Counter, Session, ICounter)
 
 
+def visited(session):
+    ICounter(session).hits += 1
+    return ICounter(session).hits
+
+
+def count(environ):
+    visited(ISession(environ))
+
+
 def counter_app(environ, start_response):
     if environ["PATH_INFO"] == "/no":
         return plain(start_response, "hello")
-    counter = ICounter(ISession(environ))
-    counter.hits += 1
-    return plain(start_response, counter.hits)
+    return plain(start_response, visited(ISession(environ)))
 
 
-# The module as a text
+@pytest.fixture
+def register():
+    """registerAdapter, undone after the test."""
+    done = []
+
+    def register(factory, original, *interfaces):
+        registerAdapter(factory, original, *interfaces)
+        done.extend((factory, original, interface) for interface in interfaces)
+
+    yield register
+    for registration in done:
+        with contextlib.suppress(KeyError):  # the test took it out
+            registry.unregister(*registration)
+
+
+# The module
 # ---------------------------------------------------------------------------
 
-SECTIONS = [
-    "Errors",
-    "Interfaces",
-    "Components",
-    "Sessions",
-    "Memory store",
-    "Persistent stores",
-    "Cookies",
-    "WSGI",
-]
+
+SECTIONS = "Errors,Interfaces,Components,Sessions,Holding,Records,Memory store,Persistent stores,Cookies,WSGI".split(
+    ","
+)
 
 
-class WithoutTypeChecking(ast.NodeTransformer):
-    """Takes out what only type checkers read."""
-
-    def visit_If(self, node):
-        self.generic_visit(node)
-        condition = ast.unparse(node.test)
-        if condition == "TYPE_CHECKING":
-            return node.orelse or ast.copy_location(ast.Pass(), node)
-        return node.body if condition == "not TYPE_CHECKING" else node
-
-
-def module_names(code, operation):
-    """(name, line) of each module-level name that *code*, or what is nested in it, reads or stores."""
-    operations = {
-        "reads": {"LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"},
-        "stores": {"STORE_NAME", "STORE_GLOBAL"},
-    }[operation]
-    in_module = code.co_name == "<module>"
+def module_names(code, *operations):
+    """(name, line) of each module-level name that *code*, or a function in it, reads or stores."""
     instructions = list(dis.get_instructions(code))
-    own = set() if in_module else {i.argval for i in instructions if i.opname == "STORE_NAME"}
+    own = {i.argval for i in instructions if i.opname == "STORE_NAME"} if code.co_name != "<module>" else ()
     starts, line = dict(dis.findlinestarts(code)), code.co_firstlineno
     for instruction in instructions:
         line = starts.get(instruction.offset) or line
         if instruction.opname in operations and instruction.argval not in own:
             yield instruction.argval, line
-    if operation == "reads":
-        for constant in code.co_consts:
-            if hasattr(constant, "co_code"):
-                yield from module_names(constant, operation)
+    for nested in code.co_consts if "LOAD_GLOBAL" in operations else ():
+        if hasattr(nested, "co_code"):
+            yield from module_names(nested, *operations)
 
 
 def forward_references(source):
-    tree = ast.fix_missing_locations(WithoutTypeChecking().visit(ast.parse(source)))
-    code = compile(tree, "module", "exec")
-    defined = {}
-    for name, line in module_names(code, "stores"):
+    # Without what only type checkers read.
+    source = source.replace("if TYPE_CHECKING:", "if 0:").replace("if not TYPE_CHECKING:", "if 1:")
+    code, defined = compile(source, "module", "exec"), {}
+    for name, line in module_names(code, "STORE_NAME", "STORE_GLOBAL"):
         defined.setdefault(name, line)
-    return sorted({(line, name) for name, line in module_names(code, "reads") if line < defined.get(name, 0)})
+    reads = module_names(code, "LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
+    return sorted({(line, name) for name, line in reads if line < defined.get(name, 0)})
 
 
-@pytest.fixture(scope="module")
-def module_source():
-    with open(minisess.__file__, encoding="utf-8") as file:
-        return file.read()
-
-
-def test_every_name_is_defined_above_its_use_function_bodies_included(module_source):
-    assert forward_references(module_source) == []
+def test_every_name_is_defined_above_its_use_function_bodies_included():
+    assert forward_references(inspect.getsource(minisess)) == []
 
 
 def test_the_check_for_forward_references_sees_one():
@@ -315,19 +432,20 @@ def test_the_check_for_forward_references_sees_one():
     assert forward_references(textwrap.dedent(source)) == [(5, "LATE")]
 
 
-def test_the_sections_come_in_the_order_of_the_map_under_one_style_of_marker(module_source):
-    rows = module_source.splitlines()
+def test_the_sections_come_in_the_order_of_the_map_under_one_style_of_marker():
+    source = inspect.getsource(minisess)
+    rows = source.splitlines()
     ruler = "# " + "-" * 75
     rulers = [number for number, row in enumerate(rows) if re.match(r"\s*#\s*[-=#*~_]{4}", row)]
     assert [rows[number] for number in rulers] == [ruler] * len(rulers)
     assert [rows[number - 1] for number in rulers] == [f"# {title}" for title in SECTIONS]
-    mapped = re.findall(r"^    (\S+(?: \S+)?) {2,}\S", module_source.split('"""')[1], re.MULTILINE)
+    mapped = re.findall(r"^    (\S+(?: \S+)?) {2,}\S", source.split('"""')[1], re.MULTILINE)
     assert mapped == SECTIONS
 
 
-def test_only_the_standard_library_is_imported(module_source):
+def test_only_the_standard_library_is_imported():
     imported = set()
-    for node in ast.walk(ast.parse(module_source)):
+    for node in ast.walk(ast.parse(inspect.getsource(minisess))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -342,7 +460,7 @@ def test_all_public_names_are_there_and_the_star_import_brings_no_others():
     assert not any(name.startswith("_") for name in minisess.__all__)
 
 
-# The mail's table
+# The mail
 # ---------------------------------------------------------------------------
 
 compy = minisess  # as the mail calls it
@@ -362,23 +480,8 @@ class UserManager:
 
 
 class RequestWithEnviron:
-    def __init__(self, environ):
-        self.environ = environ
-
-
-@pytest.fixture
-def register():
-    """registerAdapter, undone after the test."""
-    done = []
-
-    def register(factory, original, *interfaces):
-        compy.registerAdapter(factory, original, *interfaces)
-        done.extend((factory, original, interface) for interface in interfaces)
-
-    yield register
-    for registration in done:
-        with contextlib.suppress(KeyError):  # the test took it out
-            registry.unregister(*registration)
+    def __init__(self, environ, name="environ"):
+        setattr(self, name, environ)
 
 
 @pytest.fixture
@@ -402,41 +505,31 @@ def in_a_request():
     return in_a_request
 
 
-@pytest.mark.parametrize("ctx", [lambda environ: environ, RequestWithEnviron], ids=["environ", "request"])
-def test_an_attribute_set_on_the_session_is_there_in_the_next_request(in_a_request, ctx):
+@pytest.mark.parametrize("name", [None, "environ", "env", "wsgi_environ"])
+def test_an_attribute_set_on_the_session_is_there_in_the_next_request(in_a_request, name):
     def work(environ):
-        before = getattr(ISession(ctx(environ)), "foo", None)
-        ISession(ctx(environ)).foo = 1
+        ctx = RequestWithEnviron(environ, name) if name else environ
+        before = getattr(ISession(ctx), "foo", None)
+        ISession(ctx).foo = 1
         return before
 
     assert [in_a_request(work), in_a_request(work)] == [None, 1]
 
 
-@pytest.mark.parametrize("user", [object(), "a name", 0, "", [], lambda: None, Session], ids=repr)
+@pytest.mark.parametrize("user", [object(), "a name", 0, "", False, [], lambda: None, Session], ids=repr)
 def test_any_object_is_a_component(in_a_request, user):
     in_a_request(lambda ctx: ISession(ctx).setComponent(ICurrentUser, user))
-    assert in_a_request(lambda ctx: ICurrentUser(ISession(ctx))) is user
+    assert in_a_request(lambda ctx: ICurrentUser(ISession(ctx), "default")) is user
+    assert in_a_request(lambda ctx: ISession(ctx).getComponent(ICurrentUser, "default")) is user
 
 
-def test_getComponent_finds_what_was_set(in_a_request):
-    manager = object()
-    in_a_request(lambda ctx: ISession(ctx).setComponent(IUserManager, manager))
-    assert in_a_request(lambda ctx: ISession(ctx).getComponent(IUserManager)) is manager
-
-
-def test_adapting_fails_with_a_TypeError_if_nothing_was_set(in_a_request):
+def test_adapting_is_a_TypeError_or_answers_the_default_if_nothing_was_set(in_a_request):
     def work(ctx):
-        with pytest.raises(CannotAdapt) as caught:
+        with pytest.raises(TypeError) as caught:
             IUserManager(ISession(ctx))
-        return caught.value
+        return type(caught.value), IUserManager(ISession(ctx), "default"), IUserManager(ISession(ctx), None)
 
-    assert isinstance(in_a_request(work), TypeError)
-
-
-def test_a_default_is_the_answer_if_nothing_was_set(in_a_request):
-    default = object()
-    assert in_a_request(lambda ctx: IUserManager(ISession(ctx), default)) is default
-    assert in_a_request(lambda ctx: IUserManager(ISession(ctx), None)) is None
+    assert in_a_request(work) == (CannotAdapt, "default", None)
     assert in_a_request.browser.cookies == {}
 
 
@@ -489,38 +582,39 @@ def test_applications_of_different_people_keep_their_components_apart(in_a_reque
         (SessionError, [Exception]),
         (CannotAdapt, [SessionError, TypeError]),
         (DuplicateAdapter, [SessionError, ValueError]),
-        (SessionBusy, [SessionError]),
-        (SessionConflict, [SessionError]),
+        (SessionBusy, [SessionError, TimeoutError]),
+        (SessionConflict, [SessionError, RuntimeError]),
         (StoreError, [SessionError]),
-        (NotStorable, [StoreError]),
-        (SealError, [SessionError]),
+        (NotStorable, [StoreError, TypeError]),
+        (SealError, [SessionError, ValueError]),
     ],
 )
 def test_errors_join_the_tree_and_a_builtin_family(error, families):
     assert all(issubclass(error, family) for family in families)
 
 
-def test_CannotAdapt_carries_the_objects_and_says_what_to_do():
+def test_errors_of_adaptation_carry_the_objects_to_wherever_they_are_sent(register):
     original = UserManager(None)
-    with pytest.raises(CannotAdapt, match=r"registerAdapter\(factory, UserManager, ICurrentUser\)") as caught:
+    with pytest.raises(CannotAdapt) as cannot:
         ICurrentUser(original)
-    assert (caught.value.original, caught.value.interface) == (original, ICurrentUser)
-    assert caught.value.__context__ is None
-
-
-@pytest.mark.parametrize("ctx", [{}, {"PATH_INFO": "/"}, RequestWithEnviron({}), object()], ids=repr)
-def test_CannotAdapt_to_ISession_advises_the_middleware(ctx):
-    with pytest.raises(CannotAdapt, match="wrap the application in SessionMiddleware"):
-        ISession(ctx)
-    assert ISession(ctx, None) is None
-
-
-def test_DuplicateAdapter_carries_the_objects_and_says_what_to_do(register):
+    assert (cannot.value.original, cannot.value.interface) == (original, ICurrentUser)
+    assert cannot.value.__context__ is None
     register(UserManager, Session, IUserManager)
-    with pytest.raises(DuplicateAdapter, match=r"registry\.unregister") as caught:
+    with pytest.raises(DuplicateAdapter) as twice:
         registerAdapter(lambda session: None, Session, IUserManager)
-    error = caught.value
-    assert (error.factory, error.original, error.interface) == (UserManager, Session, IUserManager)
+    assert (twice.value.factory, twice.value.original, twice.value.interface) == (UserManager, Session, IUserManager)
+    for error in (cannot.value, twice.value):  # a process pool pickles them
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), again.interface) == (type(error), str(error), error.interface)
+
+
+@pytest.mark.parametrize(
+    "ctx", [{}, {"PATH_INFO": "/"}, Browser, RequestWithEnviron({}), RequestWithEnviron(1)], ids=repr
+)
+def test_where_there_is_no_session_the_default_is_the_answer(ctx):
+    assert ISession(ctx, None) is None
+    with pytest.raises(CannotAdapt):
+        ISession(ctx)
 
 
 # Interfaces
@@ -619,23 +713,16 @@ def test_an_exception_propagates_with_a_default_and_without(register, way, error
 
 
 @pytest.mark.parametrize("base", [object, Componentized])
-def test_conform_is_looked_up_on_the_type(base):
+def test_conform_is_looked_up_on_the_type_as_special_methods_are(base):
     obj = type("Kind", (base,), {})()
     obj.__conform__ = lambda interface: "from the instance"
     assert IThing(obj, None) is None
-
-
-def test_conform_of_a_class_isnt_asked_for_the_class_itself():
+    assert IThing(type("Kind", (base,), {"__getattr__": raiser(ZeroDivisionError)})(), None) is None
     metaclass = type("Meta", (type,), conforming("from the metaclass"))
     kind = metaclass("Kind", (), conforming("from the class"))
-    assert IThing(kind) == "from the metaclass"
-    assert IThing(kind()) == "from the class"
+    assert (IThing(kind), IThing(kind())) == ("from the metaclass", "from the class")
     assert IThing(type("Plain", (), conforming("from the class")), None) is None
     assert IThing(metaclass("Plain", (), {})(), None) is None
-
-
-def test_conform_isnt_looked_for_with_getattr():
-    assert IThing(type("Kind", (), {"__getattr__": raiser(ZeroDivisionError)})(), None) is None
 
 
 @pytest.mark.parametrize(
@@ -651,25 +738,6 @@ def test_conform_is_bound_like_any_special_method(conform, expected):
     kind = type("Kind", (), {"__conform__": conform})
     assert IThing(kind(), "default") == expected
     assert IThing(type("Derived", (kind,), {})(), "default") in (expected, ("Derived", IThing))
-
-
-@pytest.mark.parametrize("arguments", [{}, {"default": None}], ids=["none", "default"])
-@pytest.mark.parametrize("interface", [Interface, IThing, ISession])
-def test_an_interface_called_without_an_object_is_a_TypeError(interface, arguments):
-    with pytest.raises(TypeError, match=interface.__name__) as caught:
-        interface(**arguments)
-    assert not isinstance(caught.value, CannotAdapt)
-
-
-@pytest.mark.parametrize("bases", [(IThing, int), (int, IThing), (IThing, UserManager)], ids=repr)
-def test_an_interface_extends_interfaces_only(bases):
-    with pytest.raises(TypeError, match="interface"):
-        minisess.InterfaceMeta("IMixed", bases, {})
-
-
-def test_an_object_that_provides_an_interface_is_its_own_answer_even_for_bases_and_Interface():
-    parrot = implementer(IParrot)(type("Parrot", (), {}))()
-    assert all(interface(parrot) is parrot for interface in (IParrot, IBird, IAnimal, Interface))
 
 
 def ways_to_ask(kind, interface):
@@ -708,32 +776,11 @@ def test_implementedBy_and_providedBy_tell_what_was_declared_most_specific_first
     assert implementedBy(bird) == providedBy(bird()) == (IBird,)
     assert implementedBy(parrot) == providedBy(parrot()) == (IPet, IParrot, IBird)
     assert implementedBy(object) == providedBy(None) == ()
-
-
-def test_a_more_derived_interface_declared_later_comes_first():
-    kind = implementer(IParrot)(implementer(IPet)(implementer(IAnimal)(type("Kind", (), {}))))
-    assert implementedBy(kind) == (IParrot, IAnimal, IPet)
-
-
-def test_declaring_what_is_inherited_changes_nothing(register):
-    base = implementer(IBird)(type("Base", (), {}))
-    derived = implementer(IAnimal, IBird)(type("Derived", (base,), {}))
-    assert implementedBy(derived) == (IBird,)
-    register(lambda obj: "interface", IBird, IThing)
-    register(lambda obj: "class", base, IThing)
-    assert IThing(derived()) == "class"
-
-
-@pytest.mark.parametrize("interface", [int, "IBird", None, type, Interface.__class__], ids=repr)
-def test_only_interfaces_can_be_implemented(interface):
-    with pytest.raises(TypeError, match="interface"):
-        implementer(IBird, interface)
-
-
-@pytest.mark.parametrize("thing", [IBird, 5, len], ids=repr)
-def test_only_classes_can_implement(thing):
-    with pytest.raises(TypeError):
-        implementer(IPet)(thing)
+    late = implementer(IParrot)(implementer(IPet)(implementer(IAnimal)(type("Late", (), {}))))
+    assert implementedBy(late) == (IParrot, IAnimal, IPet)
+    inherited = implementer(IAnimal, IBird)(type("Inherited", (bird,), {}))  # changes nothing
+    assert implementedBy(inherited) == (IBird,)
+    assert preferred(inherited, IBird, bird) == [bird, IBird]
 
 
 def test_interfaces_of_one_name_are_different_interfaces(register):
@@ -757,25 +804,6 @@ def nothing(obj):
     return None
 
 
-@pytest.mark.parametrize(
-    "factory, original, interfaces",
-    [
-        (nothing, UserManager, ()),
-        (nothing, UserManager, (IThing, int)),
-        (nothing, UserManager, (IThing, "IBird")),
-        (nothing, UserManager(None), (IThing,)),
-        (nothing, "UserManager", (IThing,)),
-        ("nothing", UserManager, (IThing,)),
-        (None, UserManager, (IThing,)),
-    ],
-    ids=repr,
-)
-def test_what_cant_be_an_adapter_is_a_TypeError_and_nothing_is_registered(factory, original, interfaces):
-    with pytest.raises(TypeError):
-        registerAdapter(factory, original, *interfaces)
-    assert registry.lookup(UserManager, IThing) is None
-
-
 @pytest.mark.parametrize("original", [UserManager, IBird])
 @pytest.mark.parametrize("factory", [UserManager, nothing], ids=["same factory", "another"])
 def test_a_second_registration_for_a_pair_is_refused_and_nothing_of_the_call_is_registered(register, original, factory):
@@ -786,24 +814,11 @@ def test_a_second_registration_for_a_pair_is_refused_and_nothing_of_the_call_is_
     assert registry.lookup(original, IPet) is None
 
 
-def test_what_is_registered_for_a_base_can_be_registered_for_a_derived_class_too(register):
-    base = type("Base", (), {})
-    derived = type("Derived", (base,), {})
-    register(nothing, base, IThing)
-    register(UserManager, derived, IThing)
-    assert (registry.lookup(base, IThing), registry.lookup(derived, IThing)) == (nothing, UserManager)
-
-
-def test_lookup_answers_the_default_if_nothing_is_registered():
-    assert registry.lookup(UserManager, IThing) is None
-    assert registry.lookup(UserManager, IThing, "default") == "default"
-
-
 def test_unregister_undoes_just_what_it_is_told(register):
     kind = type("Kind", (), {})
     register(nothing, kind, IThing, IPet)
     registry.unregister(nothing, kind, IThing)
-    assert (registry.lookup(kind, IThing), registry.lookup(kind, IPet)) == (None, nothing)
+    assert (registry.lookup(kind, IThing, "default"), registry.lookup(kind, IPet)) == ("default", nothing)
     register(UserManager, kind, IThing)
     assert registry.lookup(kind, IThing) is UserManager
 
@@ -854,36 +869,27 @@ def preferred(kind, *sources):
     return order
 
 
-def test_a_class_comes_first_then_what_is_declared_on_it_then_its_bases_then_object_and_Interface():
+def orders():
+    """Kinds of classes, and what serves each, the most specific first."""
     base = implementer(IBird)(type("Base", (), {}))
     kind = implementer(IPet)(type("Kind", (base,), {}))
-    expected = [kind, IPet, base, IBird, IAnimal, object, Interface]
-    assert preferred(kind, *expected) == preferred(kind, *reversed(expected)) == expected
-
-
-def test_an_interface_that_a_base_also_implements_comes_after_that_base():
+    yield kind, [kind, IPet, base, IBird, IAnimal, object, Interface]
     base = implementer(IAnimal)(type("Base", (), {}))
-    kind = implementer(IParrot)(type("Kind", (base,), {}))
-    expected = [kind, IParrot, IBird, base, IAnimal]
-    assert preferred(kind, *reversed(expected)) == expected
-
-
-def test_a_diamond_is_linearized_as_python_does():
+    again = implementer(IParrot)(type("Again", (base,), {}))  # after the base that implements it, too
+    yield again, [again, IParrot, IBird, base, IAnimal]
     top = implementer(IAnimal)(type("Top", (), {}))
     left = implementer(IPet)(type("Left", (top,), {}))
     right = implementer(IBird)(type("Right", (top,), {}))
-    bottom = type("Bottom", (left, right), {})
-    expected = [bottom, left, IPet, right, IBird, top, IAnimal, object]
-    assert preferred(bottom, *reversed(expected)) == expected
+    diamond = type("Diamond", (left, right), {})  # as Python does
+    yield diamond, [diamond, left, IPet, right, IBird, top, IAnimal, object]
+    wrong = implementer(IAnimal, IBird, IParrot)(type("Wrong", (), {}))  # no consistent order
+    yield wrong, [wrong, IParrot, IBird, IAnimal]
 
 
-def test_declarations_without_a_consistent_order_still_prefer_the_more_derived_interface():
-    kind = implementer(IAnimal, IBird, IParrot)(type("Kind", (), {}))
-    assert preferred(kind, IAnimal, IBird, IParrot, kind) == [kind, IParrot, IBird, IAnimal]
-
-
-def test_an_unrelated_source_never_serves():
-    assert preferred(type("Kind", (), {}), IPet, UserManager, int) == [None] * 3
+@pytest.mark.parametrize("kind, expected", list(orders()), ids=lambda each: getattr(each, "__name__", ""))
+def test_the_most_specific_source_serves_first_in_whatever_order_they_were_registered(kind, expected):
+    assert preferred(kind, *expected) == preferred(kind, *reversed(expected)) == expected
+    assert preferred(type("Unrelated", (), {}), IPet, UserManager, int) == [None] * 3
 
 
 @pytest.mark.parametrize("order", [(IParrot, IBird, IAnimal), (IAnimal, IBird, IParrot), (IParrot, IAnimal, IBird)])
@@ -893,14 +899,11 @@ def test_an_adapter_to_a_derived_interface_answers_for_its_bases_the_closest_fir
         register(lambda obj, interface=interface: interface, kind, interface)
     for closest in (IAnimal, IBird, IParrot):
         assert IAnimal(kind()) is closest
+        assert IParrot(kind(), None) is IParrot
         registry.unregister(registry.lookup(kind, closest), kind, closest)
     assert IAnimal(kind(), None) is None
-
-
-def test_an_adapter_to_a_base_interface_doesnt_answer_for_derived_ones(register):
-    kind = type("Kind", (), {})
     register(nothing, kind, IAnimal)
-    assert registry.lookup(kind, IBird) is None
+    assert registry.lookup(kind, IBird) is None  # nor one to a base for a derived one
 
 
 def test_the_source_counts_more_than_the_target(register):
@@ -909,11 +912,6 @@ def test_the_source_counts_more_than_the_target(register):
     register(lambda obj: "close target", base, IAnimal)
     register(lambda obj: "close source", kind, IParrot)
     assert (IAnimal(kind()), IAnimal(base())) == ("close source", "close target")
-
-
-def collect():
-    for _ in range(2):  # what a class refers to weakly dies after it
-        gc.collect()
 
 
 class Late:
@@ -963,77 +961,31 @@ def test_a_registry_of_ones_own_follows_late_declarations_too():
     "make",
     [
         lambda: type("Plain", (), {}),
-        lambda: type("Derived", (UserManager,), {"__init__": lambda self: None}),
-        lambda: type("Conforming", (), conforming(None)),
-        lambda: type("Components", (Componentized,), {}),
-        lambda: implementer(IBird)(type("Implementer", (), {})),
+        lambda: type("Conforming", (Componentized,), conforming(None)),
         lambda: implementer(minisess.InterfaceMeta("IDynamic", (IBird,), {}))(type("Dynamic", (), {})),
     ],
-    ids=["plain", "derived", "conforming", "componentized", "implementer", "with its own interface"],
+    ids=["plain", "conforming", "with its own interface"],
 )
-def test_classes_made_dynamically_are_collected_though_they_were_looked_up(register, make):
+def test_of_classes_made_dynamically_a_bounded_number_is_remembered(register, make):
     register(nothing, UserManager, IThing)
-    alive = []
-    for _ in range(50):
+    alive = weakref.WeakSet()
+    for _ in range(20_000):
         kind = make()
         assert IThing(kind(), None) is None
-        assert registry.lookup(kind, IPet) is None
         ways_to_ask(kind, IBird)
-        registerAdapter(nothing, kind, IPet)
-        registry.unregister(nothing, kind, IPet)
-        alive += [weakref.ref(kind), *map(weakref.ref, set(implementedBy(kind)) - {IBird})]
-        del kind
-    collect()
-    assert [ref() for ref in alive if ref() is not None] == []
+        alive.update({kind, *implementedBy(kind)})
+    # Nobody called the garbage collector: it came by itself, now and then.
+    assert len(alive) < 10_000
 
 
-def test_interfaces_made_dynamically_are_collected_though_they_were_asked():
-    alive = []
-    for _ in range(50):
-        interface = minisess.InterfaceMeta("IDynamic", (IBird,), {})
-        assert interface(5, None) is interface(Componentized(), None) is None
-        registerAdapter(nothing, UserManager, interface)
-        assert registry.lookup(UserManager, IAnimal) is nothing
-        registry.unregister(nothing, UserManager, interface)
-        alive.append(weakref.ref(interface))
-        del interface
-    collect()
-    assert [ref() for ref in alive if ref() is not None] == []
-
-
-@contextlib.contextmanager
-def collecting_at_every_line():
-    """The garbage collector runs before every line of the module."""
-
-    def collect_here(frame, event, argument):
-        if frame.f_globals.get("__name__") != "minisess":
-            return None
-        gc.collect()
-        return collect_here
-
-    before = sys.gettrace()
-    gc.collect()
-    gc.freeze()  # makes collections fast
-    sys.settrace(collect_here)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-        gc.unfreeze()
-
-
-def test_look_ups_are_right_though_a_collection_may_run_at_any_moment_of_them(register):
+def test_look_ups_are_right_when_more_types_were_asked_for_than_are_remembered(register):
     late = Late()
     register(lambda obj: "general", IPet, IThing)
-    with collecting_at_every_line():
-        assert IThing(late.Kind()) == "general"
-    register(lambda obj: "special", late.Base, IThing)
-    with collecting_at_every_line():
-        assert IThing(late.Kind()) == "special"
-        implementer(IBird)(late.Kind)
-        register(lambda obj: "more special", IBird, IThing)
-    assert IThing(late.Kind()) == "more special"
-    assert ways_to_ask(late.Kind, IBird) == {True}
+    register(lambda obj: "other", IBird, IThing)
+    for number in range(2500):
+        kind = type("Kind", (late.Base,), {})
+        other = implementer(IBird)(type("Other", (), {}))
+        assert (IThing(kind()), IThing(late.Kind()), IThing(other())) == ("general", "general", "other"), number
 
 
 # Look-ups compared with zope.interface
@@ -1157,27 +1109,6 @@ def test_a_component_is_kept_for_its_interface_only(thing):
     assert all(i(thing, None) is None and i not in thing for i in (IAnimal, IParrot, IPet, IUserManager))
 
 
-def test_setting_a_component_replaces_the_one_before(thing, register):
-    register(Bird, Componentized, IBird)
-    made = IBird(thing)
-    thing.setComponent(IBird, "new")
-    assert (made is not IBird(thing)) and thing.getComponent(IBird) == "new"
-
-
-@pytest.mark.parametrize("component", [0, "", False, []], ids=repr)
-def test_a_false_component_is_a_component(thing, component):
-    thing.setComponent(IBird, component)
-    assert IBird in thing
-    assert IBird(thing, "default") is thing.getComponent(IBird, "default") is component
-
-
-@pytest.mark.parametrize("interface, component", [(IBird, None), (int, 1), ("IBird", 1), (None, 1)], ids=repr)
-def test_None_isnt_a_component_and_components_go_by_interfaces(thing, interface, component):
-    with pytest.raises(TypeError):
-        thing.setComponent(interface, component)
-    assert interface not in thing
-
-
 def test_an_adapter_made_by_adaptation_is_remembered(thing, register):
     register(Bird, Componentized, IBird)
     assert IBird not in thing
@@ -1185,11 +1116,6 @@ def test_an_adapter_made_by_adaptation_is_remembered(thing, register):
     assert made.original is thing
     assert thing.getComponent(IBird) is IBird(thing) is IBird(thing, None) is made
     assert IBird in thing
-
-
-def test_asking_whether_a_component_is_kept_makes_none(thing, register):
-    register(raiser(ZeroDivisionError), Componentized, IBird)
-    assert IBird not in thing
 
 
 def test_a_temporary_adapter_is_never_remembered(thing, register):
@@ -1250,20 +1176,14 @@ def test_asking_for_a_base_interface_never_replaces_the_component_of_a_derived_o
     assert IAnimal(thing) is made
 
 
-def test_an_unset_component_is_gone_and_made_anew(thing, register):
+def test_an_unset_component_is_gone_and_made_anew_and_one_that_isnt_there_is_a_KeyError(thing, register):
     register(Bird, Componentized, IBird)
+    with pytest.raises(KeyError):
+        thing.unsetComponent(IBird)
     made = IBird(thing)
     thing.unsetComponent(IBird)
     assert IBird not in thing
     assert IBird(thing) is not made
-
-
-def test_unsetting_what_isnt_there_is_a_KeyError(thing, register):
-    register(Bird, Componentized, IBird)
-    thing.setComponent(IPet, 1)
-    with pytest.raises(KeyError):
-        thing.unsetComponent(IBird)
-    assert IPet(thing) == 1
 
 
 def test_components_are_set_and_unset_in_any_order(thing):
@@ -1301,21 +1221,15 @@ def test_addComponent_keeps_it_where_its_class_is_the_registered_adapter_or_ever
     assert all(i(thing) is bird for i in kept)
 
 
-def test_addAdapter_makes_adds_and_answers_one(thing):
+def test_Twisteds_other_ways_to_keep_what_a_factory_makes(thing, register):
     bird = thing.addAdapter(Bird, ignoreClass=True)
     assert (type(bird), bird.original) == (Bird, thing)
     assert IBird(thing) is IPet(thing) is bird
     assert thing.addAdapter(Bird) is not bird  # made, but nowhere registered: not kept
     assert IBird(thing) is bird
-
-
-def test_setAdapter_keeps_what_the_factory_makes(thing):
     thing.setAdapter(IPet, Bird)
     assert type(IPet(thing)) is Bird and IPet(thing).original is thing
-    assert IBird not in thing
-
-
-def test_locateAdapterClass_finds_the_registered_factory(thing, register):
+    assert IPet(thing) is not bird
     register(nothing, Componentized, IBird)
     assert thing.locateAdapterClass(type(thing), IAnimal, None) is nothing
     assert thing.locateAdapterClass(type(thing), IPet, "default") == "default"
@@ -1339,47 +1253,20 @@ def test_a_derived_class_may_have_its_own_say_in_adaptation(method):
     assert (IBird(obj), IPet(obj), IThing(obj, None)) == ("IBird", "kept", None)
 
 
-def at_once(*works):
-    """The results of *works*, each called in a thread of its own."""
-    results = [None] * len(works)
-
-    def run(number):
-        results[number] = works[number]()
-
-    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    return results
-
-
+@pytest.mark.parametrize("asked", [[IBird] * 4, [IBird, IPet]], ids=["one interface", "two"])
 @pytest.mark.parametrize("base", [Adapter, object], ids=["multi", "plain"])
-def test_threads_that_adapt_at_once_get_the_same_component(thing, register, base):
-    meeting = threading.Barrier(4, timeout=20)
+def test_threads_that_adapt_at_once_get_what_is_kept(thing, register, base, asked):
+    meeting = threading.Barrier(len(asked), timeout=20)
 
     class Kind(base):
         def __init__(self, original):
             meeting.wait()  # all have seen that there is none
 
     register(implementer(IBird, IPet)(Kind), Componentized, IBird, IPet)
-    answers = at_once(*[lambda: IBird(thing)] * 4)
-    assert isinstance(answers[0], Kind)
-    assert all(answer is answers[0] for answer in (*answers, IBird(thing)))
-
-
-def test_what_threads_get_for_two_interfaces_of_one_adapter_at_once_is_what_is_kept(thing, register):
-    meeting = threading.Barrier(2, timeout=20)
-
-    class Kind(Adapter):
-        def __init__(self, original):
-            meeting.wait()
-
-    register(implementer(IBird, IPet)(Kind), Componentized, IBird, IPet)
-    bird, pet = at_once(lambda: IBird(thing), lambda: IPet(thing))
-    assert IBird(thing) is bird
-    assert IPet(thing) is pet
+    answers = at_once(*[functools.partial(interface, thing) for interface in asked])
+    assert all(
+        type(answer) is Kind and interface(thing) is answer for interface, answer in zip(asked, answers, strict=True)
+    )
 
 
 def test_threads_adapt_while_others_register_and_declare(register):
@@ -1434,8 +1321,8 @@ from typing import Any
 
 from typing_extensions import assert_type
 
-from minisess import Adapter, Interface, ISession, Session, SessionMiddleware
-from minisess import CannotAdapt, Componentized, MemoryStore, implementer, registerAdapter, registry
+from minisess import Adapter, CannotAdapt, Componentized, Interface, ISession, MemoryStore, Session
+from minisess import SessionMiddleware, implementer, peek, registerAdapter, registry
 
 
 class ICounter(Interface):
@@ -1482,37 +1369,40 @@ def use(session: Session, environ: dict[str, Any], request: object) -> None:
 
     assert_type(ISession(environ), ISession)
     assert_type(ISession(request).uid, str)
-    assert_type(ISession(request).created, float)
+    assert_type(ISession(environ, None), ISession | None)
     assert_type(ISession(request).expires, float)
     assert_type(ISession(request).owner, str | None)
-    ISession(environ).foo = 1
+    mine = ISession(environ)
+    mine.colour = "red"
+    assert_type(ISession(environ).colour, Any)
+    mine.owner = "x"  # error
+    session.uid = "x"  # error
+    assert_type(MemoryStore().expireAll("ann", keep=mine), int)
+    assert_type(MemoryStore().sessions("ann"), list[Session])
+    assert_type(peek(environ), Session | None)
     ISession(environ).setComponent(ICounter, object())
     ISession(environ).setComponent("ICounter", object())  # error
-    ISession(environ).login("ann")
-    ISession(environ).login(5)  # error
-    ISession(environ).notifyOnExpire(lambda: None)
-    ISession(environ).renew(1)  # error
+    mine.login("ann", remember=60)
+    mine.login(5)  # error
+    mine.notifyOnExpire(lambda: None)
+    mine.renew(1)  # error
     assert_type(ICounter in ISession(environ), bool)
     assert_type(ICounter(ISession(environ)), ICounter)
 
-    for kept in (session, ISession(environ)):
-        kept.unsetComponent(ICounter)
+    session.unsetComponent(ICounter)
     assert_type(session.getComponent(ICounter), ICounter | None)
     assert_type(session.getComponent(ICounter, 5), ICounter | int)
     assert_type(ISession(environ).getComponent(ICounter), ICounter | None)
     assert_type(Componentized().getComponent(ICounter), ICounter | None)
     assert_type(session.addAdapter(Counter), Counter)
-    assert_type(session.uid, str)
     Adapter(session).original.anything
 
 
 def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     try:
-        counter = ICounter(ISession(environ))
+        ICounter(ISession(environ)).hits += 1
     except CannotAdapt as error:
         assert_type(error.original, object)
-        raise
-    counter.hits += 1
     return [b""]
 
 
@@ -1521,53 +1411,34 @@ SessionMiddleware(application, lifetme=60)  # error
 """
 
 
-@pytest.fixture(scope="module")
-def typed_sample(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("typed")
-    (folder / "sample.py").write_text(TYPED_SAMPLE)
-    shutil.copy(minisess.__file__, folder)
-    return folder
-
-
 def check_types(folder, tool, *options):
     package(tool)
-    done = subprocess.run(
-        [sys.executable, "-m", tool, *options, "sample.py"], cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    return done.stdout
+    shutil.copy(minisess.__file__, folder)
+    (folder / "sample.py").write_text(TYPED_SAMPLE)
+    command = [sys.executable, "-m", tool, *options, "sample.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120).stdout
 
 
-def expect_marked_errors(errors):
-    """*errors*: {line: message} of the sample."""
-    marked = {n for n, row in enumerate(TYPED_SAMPLE.splitlines(), 1) if row.endswith("# error")}
-    assert {n: errors[n] for n in errors if n not in marked} == {}
-    assert marked - errors.keys() == set()
-    missing_attribute = next(n for n, row in enumerate(TYPED_SAMPLE.splitlines(), 1) if ".nope" in row)
-    assert "nope" in errors[missing_attribute] and "ICounter" in errors[missing_attribute]
-
-
-def test_mypy_strict_sees_the_promised_types(typed_sample):
-    output = check_types(typed_sample, "mypy", "--strict", "--no-error-summary", "--follow-imports=silent")
-    errors = {}
-    for path, line, message in re.findall(r"^(\S+):(\d+): error: (.*)", output, re.MULTILINE):
-        assert path == "sample.py", output
-        errors[int(line)] = message
-    expect_marked_errors(errors)
-
-
-def test_pyright_sees_the_promised_types(typed_sample):
-    found = json.loads(check_types(typed_sample, "pyright", "--outputjson"))["generalDiagnostics"]
-    errors = {}
-    for each in found:
-        if each["severity"] == "error":
-            errors[each["range"]["start"]["line"] + 1] = each["message"]
-    expect_marked_errors(errors)
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_type_checkers_see_the_promised_types(tool, tmp_path):
+    if tool == "mypy":
+        said = check_types(tmp_path, tool, "--strict", "--no-error-summary", "--follow-imports=silent")
+        errors = {int(n): text for n, text in re.findall(r"^sample.py:(\d+): error: (.*)", said, re.MULTILINE)}
+    else:
+        found = json.loads(check_types(tmp_path, tool, "--outputjson"))["generalDiagnostics"]
+        errors = {e["range"]["start"]["line"] + 1: e["message"] for e in found if e["severity"] == "error"}
+    rows = TYPED_SAMPLE.splitlines()
+    marked = {n for n, row in enumerate(rows, 1) if row.endswith("# error")}
+    assert ({n: errors[n] for n in errors if n not in marked}, marked - errors.keys()) == ({}, set())
+    nope = next(errors[n] for n, row in enumerate(rows, 1) if ".nope" in row)
+    assert "nope" in nope and "ICounter" in nope
 
 
 # Sessions
 # ---------------------------------------------------------------------------
 
 LIFETIME, MAX_LIFETIME = 10, 100  # seconds; idle well below the lease of persistent stores
+MOVED = minisess.MOVED
 
 
 class IWitness(Interface):
@@ -1592,6 +1463,12 @@ class Witness:
     def stumble(self):
         raise ZeroDivisionError("on purpose")
 
+    def leave(self):
+        raise SystemExit("on purpose")
+
+    def interrupt(self):
+        raise KeyboardInterrupt("on purpose")
+
 
 class IDiary(Interface):
     pass
@@ -1601,7 +1478,7 @@ class IDiary(Interface):
 class Diary:
     """A component that refers to its session and to another component of it."""
 
-    def __init__(self, session, witness):
+    def __init__(self, session, witness=None):
         self.session, self.witness = session, witness
 
 
@@ -1646,9 +1523,14 @@ def new_session(store, lifetime=LIFETIME, max_lifetime=MAX_LIFETIME, witness=Non
 def visit(store, uid, **options):
     """What a request does with a session that is there."""
     session = store.open(uid, **options)
-    assert session is not None
+    assert isinstance(session, Session)
     yield session
     store.save(session)
+
+
+def lives(store, uid):
+    """Is there such a session?  Looks only."""
+    return isinstance(store.peek(uid), Session)
 
 
 class Background(threading.Thread):
@@ -1670,11 +1552,75 @@ class Background(threading.Thread):
         return self.is_alive()
 
     def result(self):
-        self.join(20)
+        self.join(30)
         assert not self.is_alive(), "the thread hangs"
         if self.error is not None:
             raise self.error
         return self.answer
+
+
+class Guest(Browser):
+    """A browser whose requests do with their session what the test says."""
+
+    def __init__(self, store, cookies=(), **options):
+        super().__init__(wrap(self.answer, store, **options))
+        self.cookies.update(cookies)
+
+    def answer(self, environ, start_response):
+        status = environ.get("test.status", "200 OK")
+        body = environ["test.work"](environ) or [b"done"]
+        start_response(status, [("Content-Type", "text/plain")])
+        return body
+
+    def do(self, work, find=ISession, **more):
+        """A request that calls ``work(ISession(environ))``; its answer."""
+        answers = []
+
+        def call(environ):
+            answers.append(work(find(environ)))
+
+        self.response = self.request(**{"test.work": call, **more})
+        return answers[0]
+
+    def stream(self, work):
+        """A request whose body is the generator ``work(ISession(environ))``; the rest after its first piece."""
+
+        def pieces():
+            environ = self.environ(**{"test.work": lambda environ: work(ISession(environ))})
+            with contextlib.closing(self.application(environ, lambda status, headers, exc_info=None: None)) as body:
+                yield from body
+
+        rest = pieces()
+        next(rest)
+        return rest
+
+    @property
+    def sid(self):
+        return self.cookies.get("sid")
+
+    @property
+    def was_told(self):
+        """The Set-Cookie header of the last response, or None."""
+        return self.response["Set-Cookie"]
+
+
+def put(**attributes):
+    """A function that sets these attributes of a session."""
+    return lambda session: [setattr(session, *item) for item in attributes.items()] and None
+
+
+@contextlib.contextmanager
+def often_switching():
+    """Threads take turns after a few instructions already."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+MOVES = pytest.mark.parametrize("move", [lambda s: s.renew(), lambda s: s.login("ann")], ids=["renew", "login"])
 
 
 class StoreContract:
@@ -1683,12 +1629,18 @@ class StoreContract:
     Times in it are small: no request lasts for more than 20 seconds of the injected clock.
     """
 
+    #: Are its sessions live objects of this process?
+    live = False
+    #: How long the random walks are, their seeds, and how often races are tried.
+    steps, seeds, rounds = 400, (1, 2), 100
+
     def make_store(self, clock, **options):
         """An empty store that goes by *clock*."""
         raise NotImplementedError
 
-    #: How long the random walks are, and their seeds.
-    steps, seeds = 400, (1, 2)
+    def elsewhere(self, store):
+        """The same store as another process sees it, if others can."""
+        return store
 
     @pytest.fixture
     def clock(self):
@@ -1713,7 +1665,7 @@ class StoreContract:
     def test_looking_at_a_session_stores_nothing(self, store):
         session = store.create(LIFETIME, MAX_LIFETIME)
         assert getattr(session, "foo", None) is None
-        assert IWitness not in session
+        assert IWitness not in session and "foo" not in session
         assert INothing(session, None) is None
         assert session.getComponent(INothing) is None
         assert isinstance(IPassing(session), Passing)
@@ -1726,12 +1678,7 @@ class StoreContract:
 
     @pytest.mark.parametrize(
         "use",
-        [
-            lambda session: setattr(session, "foo", None),
-            lambda session: session.setComponent(INothing, 0),
-            lambda session: ICounter(session),
-            lambda session: session.login("ann"),
-        ],
+        [put(foo=None), lambda s: s.setComponent(INothing, 0), lambda s: ICounter(s), lambda s: s.login("ann")],
         ids=["attribute", "component", "adapted", "owner"],
     )
     def test_a_session_that_holds_anything_is_stored(self, store, use):
@@ -1740,7 +1687,7 @@ class StoreContract:
         assert len(store) == 0  # not before it is saved
         store.save(session)
         assert len(store) == 1
-        assert store.open(session.uid) is not None
+        assert lives(store, session.uid)
 
     def test_what_is_on_a_session_comes_back(self, store):
         session = new_session(store, foo=1, bar=[2, {"three": 3}])
@@ -1759,55 +1706,78 @@ class StoreContract:
             assert IWitness not in again
             assert IWitness(again, None) is None
 
-    def test_references_between_components_and_to_the_session_come_back(self, store):
-        session = store.create(LIFETIME, MAX_LIFETIME)
-        witness = Witness("w")
-        session.setComponent(IDiary, Diary(session, witness))
-        session.setComponent(IWitness, witness)
-        session.setComponent(INothing, witness)
-        store.save(session)
-        with visit(store, session.uid) as again:
-            assert IDiary(again).session is again
-            assert IDiary(again).witness is IWitness(again)
-            assert INothing(again) is IWitness(again)
-
     def test_its_fields_come_back(self, store, clock):
         session = new_session(store, owner="ann")
         clock.advance(3)
         with visit(store, session.uid) as again:
             again.setLifetime(7)
         clock.advance(1)
-        with visit(store, session.uid) as again:
-            assert (again.uid, again.owner, again.created) == (session.uid, "ann", 1_000_000)
-            assert (again.lifetime, again.max_lifetime) == (7, MAX_LIFETIME)
-            assert (again.lastModified, again.expires) == (clock.now, clock.now + 7)
+        for again in (store.open(session.uid), self.elsewhere(store).peek(session.uid)):
+            assert (again.uid, again.owner, again.created, again.authenticated) == (
+                session.uid, "ann", 1_000_000, 1_000_000,
+            )  # fmt: skip
+            assert (again.lifetime, again.max_lifetime, again.handle) == (7, MAX_LIFETIME, session.handle)
+            assert again.expires == again.lastModified + 7
+            assert not again.ended
 
     @pytest.mark.parametrize("uid", ["", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43])
     def test_an_unknown_id_is_no_session(self, store, uid):
         new_session(store, foo=1)
         assert store.open(uid) is None
-        assert store.open(uid, hold=False) is None
+        assert store.peek(uid) is None
         assert len(store) == 1
-
-    def test_len_counts_what_is_stored(self, store):
-        sessions = [new_session(store, n=n) for n in range(5)]
-        assert len(store) == 5
-        sessions[0].expire()
-        sessions[1].renew()
-        assert len(store) == 4
 
     # Expiry
 
-    @pytest.mark.parametrize("hold", [True, False])
-    def test_it_ends_exactly_at_the_idle_deadline(self, store, clock, hold):
-        early, late = new_session(store, foo=1), new_session(store, witness="late")
-        clock.advance(LIFETIME - 0.001)
-        with visit(store, early.uid, hold=hold):
-            pass
-        clock.advance(0.001)
-        assert store.open(late.uid, hold=hold) is None
-        assert Witness.saw == ["late"]
-        assert len(store) == 1
+    @pytest.mark.parametrize(
+        ("limits", "steps", "end"),
+        [
+            ((10, 100), [], 10),
+            ((10, 25), [("visit", 8), ("visit", 16), ("touch", 24)], 25),
+            ((10, 100), [("visit", 9), ("visit", 18), ("visit", 27)], 37),
+            ((10, 100), [("peek", 1), ("peek", 9)], 19),
+            ((10, 100), [(3, 5)], 8),
+            ((10, 100), [(20, 5)], 25),
+            ((10, 100), [(None, 5)], 100),
+            ((10, None), [(None, 5), ("visit", 90)], None),
+            ((10, 15), [("renew", 9)], 15),
+            ((10, 15), [("login", 9), ("visit", 18)], 24),
+            ((10, 15), [("save", 16)], 16),  # it outlasts its deadline, and is the last
+        ],
+        ids=str,
+    )
+    def test_it_ends_exactly_at_its_deadline_and_not_before(self, store, clock, limits, steps, end):
+        """*steps*: what a request does (a number: sets the lifetime), and when."""
+        uid = new_session(store, *(limit or float("inf") for limit in limits), witness="w").uid
+        for what, when in steps:
+            if what == "peek":
+                clock.now = 1_000_000 + when
+                assert lives(store, uid)
+                continue
+            with visit(store, uid) as session:
+                clock.now = 1_000_000 + when
+                if what in ("visit", "save"):
+                    session.n = 1
+                elif what == "touch":
+                    session.touch()
+                elif what in ("renew", "login"):
+                    session.renew() if what == "renew" else session.login("ann")
+                else:
+                    session.setLifetime(what)
+            uid = session.uid
+        if end is None:
+            clock.advance(10 * 365 * 86400)
+            assert store.sweep() == 0
+            assert lives(store, uid)
+            return
+        if steps[-1:] != [("save", 16)]:
+            clock.now = 1_000_000 + end - 0.001
+            assert store.sweep() == 0
+            assert len(store) == 1
+        clock.now = 1_000_000 + end
+        assert store.peek(uid) is None
+        assert store.open(uid) is None
+        assert (Witness.saw, len(store)) == (["w"], 0)
 
     @pytest.mark.parametrize("limits", [(LIFETIME, 1000), (1000, LIFETIME)], ids=["idle", "absolute"])
     def test_an_expired_session_is_gone_though_many_others_are_due_before_it(self, store, clock, limits):
@@ -1815,89 +1785,25 @@ class StoreContract:
             new_session(store, LIFETIME - 1, foo=1)
         session = new_session(store, *limits, witness="w")
         clock.advance(LIFETIME)
-        assert store.open(session.uid, hold=False) is None
+        assert store.peek(session.uid) is None
         assert store.open(session.uid) is None
         assert Witness.saw == ["w"]
 
-    def test_each_request_starts_the_idle_clock_again(self, store, clock):
-        session = new_session(store, foo=1)
-        for _ in range(5):
-            clock.advance(LIFETIME - 1)
+    def test_sweep_finds_the_expired_behind_many_that_were_used_meanwhile(self, store, clock):
+        used = [new_session(store, n=n) for n in range(60)]
+        clock.advance(1)
+        for n in range(60):
+            new_session(store, witness=n)
+        clock.advance(LIFETIME - 2)
+        for session in used:
             with visit(store, session.uid):
-                clock.advance(LIFETIME - 1)
-        clock.advance(LIFETIME)
-        assert store.open(session.uid) is None
-
-    def test_activity_doesnt_extend_the_absolute_deadline(self, store, clock):
-        session = new_session(store, max_lifetime=25, foo=1)
-        for _ in range(3):
-            clock.advance(8)
-            with visit(store, session.uid) as again:
-                again.touch()
-        assert again.expires == 1_000_025
-        clock.advance(1)
-        assert store.open(session.uid) is None
-
-    def test_a_request_that_outlasts_the_absolute_deadline_is_the_last(self, store, clock):
-        session = new_session(store, max_lifetime=15, witness="w")
-        clock.advance(9)
-        with visit(store, session.uid) as again:
-            clock.advance(6)
-            again.foo = 1
-        assert store.open(session.uid) is None
-        assert Witness.saw == ["w"]
-
-    @pytest.mark.parametrize("seconds", [3, 20])
-    def test_setLifetime_sets_the_idle_timeout_of_one_session(self, store, clock, seconds):
-        session, other = new_session(store, foo=1), new_session(store, foo=1)
-        with visit(store, session.uid) as again:
-            again.setLifetime(seconds)
-        clock.advance(min(seconds, LIFETIME) - 1)
-        with visit(store, other.uid):
-            pass
-        clock.advance(seconds - (min(seconds, LIFETIME) - 1) - 0.001)
-        assert store.open(session.uid, hold=False) is not None
-        later = new_session(store, foo=1)
-        with visit(store, later.uid) as again:
-            again.setLifetime(seconds)
-        clock.advance(seconds)
-        assert store.open(later.uid) is None
-
-    def test_without_limits_it_never_ends(self, store, clock):
-        never, idle = new_session(store, float("inf"), float("inf"), foo=1), new_session(store, foo=1)
-        with visit(store, idle.uid) as again:
-            again.setLifetime(None)
-        clock.advance(MAX_LIFETIME - 1)
-        assert store.open(idle.uid, hold=False) is not None
-        clock.advance(10 * 365 * 86400)
-        assert store.sweep() == 1
-        assert store.open(never.uid) is not None
-
-    def test_sweep_ends_those_that_are_due_and_says_how_many(self, store, clock):
-        due = [new_session(store, witness=n) for n in range(30)]
-        clock.advance(1)
-        kept = new_session(store, witness="kept")
-        clock.advance(LIFETIME - 1 - 0.001)
-        assert store.sweep() == 0
-        clock.advance(0.001)
-        assert store.sweep() == 30
-        assert store.sweep() == 0
-        assert sorted(Witness.saw) == list(range(30))
-        assert len(store) == 1
-        assert store.open(kept.uid, hold=False) is not None
-        assert all(store.open(session.uid) is None for session in due)
-
-    def test_sweep_spares_those_that_were_used_meanwhile(self, store, clock):
-        used, unused = new_session(store, foo=1), new_session(store, foo=1)
-        clock.advance(LIFETIME - 1)
-        with visit(store, used.uid):
-            pass
-        clock.advance(1)
-        assert store.sweep() == 1
-        assert store.open(unused.uid) is None
-        clock.advance(LIFETIME - 1)
-        assert store.sweep() == 1
-        assert store.open(used.uid) is None
+                pass
+        clock.advance(2)
+        assert store.sweep() == 60
+        assert sorted(Witness.saw) == list(range(60))
+        clock.advance(LIFETIME - 2)
+        assert store.sweep() == 60
+        assert len(store) == 0
 
     def test_making_sessions_ends_the_abandoned_ones(self, store, clock):
         for n in range(40):
@@ -1907,6 +1813,26 @@ class StoreContract:
             new_session(store, foo=1)
         assert sorted(Witness.saw) == list(range(40))
         assert len(store) == 40
+
+    def test_a_clock_that_was_years_ahead_once_stalls_no_sweeps(self, store, clock):
+        clock.advance(1e9)
+        new_session(store, foo=1)
+        clock.advance(-1e9)
+        for n in range(20):
+            new_session(store, witness=n)
+        clock.advance(LIFETIME)
+        for _ in range(30):
+            new_session(store, foo=1)
+        assert sorted(Witness.saw) == list(range(20))
+
+    def test_a_clock_that_steps_back_and_forth_loses_no_session_that_isnt_over(self, store, clock):
+        session = new_session(store, 10800, 86400, foo=1)
+        for step in (-3600, 3600, 3600, -3600):
+            clock.advance(step)
+            store.sweep()
+            with visit(store, session.uid):
+                new_session(store, 10800, 86400, foo=1)
+        assert len(store) == 5
 
     # Callbacks
 
@@ -1939,6 +1865,33 @@ class StoreContract:
         assert record.exc_info[0] is ZeroDivisionError
         assert session.uid not in caplog.text
 
+    @pytest.mark.parametrize("way", ["leave", "interrupt"])
+    @pytest.mark.parametrize("ender", ["sweep", "expireAll", "clear", "expire", "a request"])
+    def test_no_callback_keeps_another_from_running_whatever_it_raises(self, store, clock, way, ender):
+        for n in range(4):
+            session = store.create(LIFETIME, MAX_LIFETIME)
+            session.setComponent(IWitness, Witness(n))
+            session.notifyOnExpire(getattr(IWitness(session), way))
+            session.notifyOnExpire(IWitness(session).ended)
+            session.login("ann")
+            store.save(session)
+        clock.advance(LIFETIME if ender in ("sweep", "a request") else 0)
+        error = {"leave": SystemExit, "interrupt": KeyboardInterrupt}[way]
+        # A SystemExit is nothing to a request that only happens to pay for the sweep.
+        spared = ender == "a request" and way == "leave"
+        with contextlib.nullcontext() if spared else pytest.raises(error, match="on purpose"):
+            for _ in range(4):
+                {
+                    "sweep": store.sweep,
+                    "expireAll": lambda: store.expireAll("ann"),
+                    "clear": store.clear,
+                    "expire": session.expire,
+                    "a request": lambda: new_session(store, foo=1),
+                }[ender]()
+        if ender in ("sweep", "expireAll", "clear"):
+            assert sorted(Witness.saw) == [0, 1, 2, 3]
+        assert len(Witness.saw) == len(set(Witness.saw)) == {"expire": 1}.get(ender, len(Witness.saw)) > 0
+
     # Ending
 
     def test_expire_ends_it_at_once(self, store):
@@ -1946,19 +1899,43 @@ class StoreContract:
         held = store.open(session.uid)
         held.expire()
         assert Witness.saw == ["w"]
+        assert held.ended and vars(held) == {} and IWitness not in held
         assert len(store) == 1
         assert store.open(session.uid) is None
-        assert store.open(other.uid) is not None
+        assert lives(store, other.uid)
+
+    def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock):
+        stores = [store, self.elsewhere(store), self.elsewhere(store), store]
+        uids = [new_session(store, witness=n, owner="ann" if n < 20 else None).uid for n in range(40)]
+        start = threading.Barrier(4, timeout=20)
+
+        def end(store):
+            for uid in uids[:10]:
+                start.wait()
+                if look := store.peek(uid):
+                    look.expire()
+            start.wait()
+            store.expireAll("ann")
+            start.wait()
+            clock.advance(1000)
+            store.sweep()
+            return [store.open(uid) for uid in uids]
+
+        with often_switching():
+            for thread in [Background(end, store) for store in stores]:
+                assert thread.result() == [None] * 40
+        assert sorted(Witness.saw) == list(range(40))
+        assert len(store) == 0
 
     def test_what_a_request_in_flight_does_to_an_ended_session_is_lost(self, store, caplog):
         session = new_session(store, witness="w")
         mine = store.open(session.uid)
-        store.open(session.uid, hold=False).expire()
+        store.peek(session.uid).expire()
         mine.foo = 1
         mine.setComponent(IDiary, 1)
         caplog.clear()
         store.save(mine)
-        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert [(r.levelname, r.event) for r in caplog.records] == [("WARNING", "lost")]
         assert len(store) == 0
         assert store.open(session.uid) is None
         assert Witness.saw == ["w"]
@@ -1967,12 +1944,12 @@ class StoreContract:
     def test_nobody_resurrects_an_ended_session(self, store, change):
         session = new_session(store, owner="ann")
         mine = store.open(session.uid)
-        assert store.expireAll("ann") == 1
+        assert self.elsewhere(store).expireAll("ann") == 1
         with pytest.raises(SessionError):
             change(mine)
         store.save(mine)
         assert len(store) == 0
-        assert store.open(mine.uid) is None
+        assert not lives(store, mine.uid)
         assert store.expireAll("ann") == store.expireAll("eve") == 0
 
     def test_expireAll_ends_what_belongs_to_an_owner(self, store):
@@ -1982,38 +1959,68 @@ class StoreContract:
         with visit(store, ann[1].uid) as mine:
             assert store.expireAll("ann", keep=mine) == 2
         assert sorted(Witness.saw) == [0, 2]
-        assert [store.open(s.uid, hold=False) is not None for s in (*ann, bob, nobody)] == [
-            False,
-            True,
-            False,
-            True,
-            True,
-        ]
+        assert [lives(store, s.uid) for s in (*ann, bob, nobody)] == [False, True, False, True, True]
         assert store.expireAll("ann") == 1
         assert store.expireAll("ann") == 0
         assert len(store) == 2
 
-    def test_expireAll_reaches_a_session_in_use(self, store):
-        session = new_session(store, owner="ann")
-        mine = store.open(session.uid)
-        assert store.expireAll("ann") == 1
+    @pytest.mark.parametrize("owner", [None, "", 7])
+    def test_nobodys_sessions_cant_be_ended_all_at_once_by_expireAll(self, store, owner):
+        new_session(store, foo=1)
+        for refused in (store.expireAll, store.sessions):
+            with pytest.raises(TypeError, match="clear"):
+                refused(owner)
+        assert len(store) == 1
+
+    def test_clear_ends_everybodys(self, store):
+        for n in range(30):
+            new_session(store, witness=n, owner=[None, "ann", "bob"][n % 3])
+        mine = store.open(new_session(store, witness="mine", owner="eve").uid)
+        assert self.elsewhere(store).clear() == 31
         mine.foo = 1
         store.save(mine)
+        assert len(store) == 0
+        assert collections.Counter(Witness.saw) == collections.Counter([*range(30), "mine"])
+        assert store.sessions("ann") == []
+        assert store.clear() == 0
+
+    def test_expireAll_isnt_escaped_by_renewing_in_a_loop(self, store):
+        admin, survivors = self.elsewhere(store), 0
+
+        def thief(uid):
+            session = store.open(uid)
+            try:
+                while isinstance(session, Session):
+                    session.renew()
+                    store.save(session)
+                    uid = session.uid
+                    session = store.open(uid)
+            except SessionError:
+                pass
+            return uid
+
+        for _ in range(self.rounds):
+            uid = new_session(store, 1000, 10000, owner="ann").uid
+            running = Background(thief, uid)
+            time.sleep(random.uniform(0, 0.004))
+            ended = admin.expireAll("ann")
+            survivors += ended != 1 or lives(admin, running.result())
+        assert survivors == 0
         assert len(store) == 0
 
     # Renewing
 
-    @pytest.mark.parametrize("change", [lambda s: s.renew(), lambda s: s.login("ann")], ids=["renew", "login"])
-    def test_the_old_id_is_dead_at_once(self, store, change):
+    @MOVES
+    def test_the_old_id_is_dead_at_once(self, store, move):
         session = new_session(store, witness="w", foo=1)
         old = session.uid
         mine = store.open(old)
-        change(mine)
+        move(mine)
         assert mine.uid != old
-        assert store.open(old) is None
-        assert store.open(old, hold=False) is None
+        for each in (store, self.elsewhere(store)):
+            assert each.open(old) is each.peek(old) is MOVED
         store.save(mine)
-        assert store.open(old) is None
+        assert store.open(old) is MOVED
         assert len(store) == 1
         assert Witness.saw == []
         with visit(store, mine.uid) as again:
@@ -2022,106 +2029,194 @@ class StoreContract:
             again.expire()
         assert Witness.saw == ["w"]
 
-    def test_a_session_is_held_under_its_new_id_too(self, store):
-        mine = store.open(new_session(store, foo=1).uid)
-        mine.renew()
-        with pytest.raises(SessionBusy):
-            store.open(mine.uid, patience=0)
-        store.save(mine)
-        assert store.open(mine.uid, patience=0) is not None
-
-    def test_login_starts_the_absolute_clock_again_and_renew_doesnt(self, store, clock):
-        one, two = new_session(store, max_lifetime=15, foo=1), new_session(store, max_lifetime=15, foo=1)
-        clock.advance(9)
-        with visit(store, one.uid) as one:
-            one.renew()
-        with visit(store, two.uid) as two:
-            two.login("ann")
-        assert (one.owner, two.owner) == (None, "ann")
-        clock.advance(6)
-        assert store.open(one.uid) is None
-        with visit(store, two.uid):
-            pass
-        clock.advance(9)
-        assert store.open(two.uid) is None
-
-    def test_who_logs_in_again_belongs_to_the_new_owner_only(self, store):
-        session = new_session(store, owner="ann")
+    def test_a_visitors_contents_stay_at_login_somebody_elses_dont(self, store):
+        session = new_session(store, witness="ann's", foo=1)
         with visit(store, session.uid) as mine:
+            mine.login("ann")
+            assert mine.foo == 1
+        with visit(store, mine.uid) as mine:
+            mine.login("ann")  # again, say to change the password
+            assert mine.foo == 1 and IWitness in mine
+        assert Witness.saw == []
+        with visit(store, mine.uid) as mine:
             mine.login("bob")
+            assert Witness.saw == ["ann's"]
+            assert (mine.owner, vars(mine), IWitness in mine) == ("bob", {}, False)
+            mine.bar = 2
+        for each in (store, self.elsewhere(store)):
+            with visit(each, mine.uid) as again:
+                assert (again.owner, vars(again), IWitness in again) == ("bob", {"bar": 2}, False)
+                again.renew()
+            mine = again
         assert store.expireAll("ann") == 0
-        assert store.open(mine.uid, hold=False).owner == "bob"
         assert store.expireAll("bob") == 1
+        assert Witness.saw == ["ann's"]
+
+    def test_remember_me_sets_both_timeouts_and_lasts_until_somebody_logs_in_without(self, store, clock):
+        with visit(store, new_session(store, foo=1).uid) as session:
+            session.login("ann", remember=1000)
+        assert (session.lifetime, session.max_lifetime, session.expires) == (1000, 1000, clock.now + 1000)
+        for _ in range(3):
+            clock.advance(200)
+            with visit(self.elsewhere(store), session.uid) as session:
+                assert (session.lifetime, session.max_lifetime, session.owner) == (1000, 1000, "ann")
+                session.renew()
+        with visit(store, session.uid) as session:
+            session.login("ann", remember=500)
+            assert session.expires == clock.now + 500
+        with visit(store, session.uid) as session:
+            session.login("bob")
+        assert (session.lifetime, session.max_lifetime) == (LIFETIME, MAX_LIFETIME)
+        clock.advance(LIFETIME)
+        assert store.open(session.uid) is None
+
+    # Devices
+
+    def test_sessions_lists_an_owners_live_ones_as_last_saved_the_oldest_first(self, store, clock):
+        made = []
+        for name in ("phone", "desk", "gone", "couch"):
+            made.append(new_session(store, 30, owner="ann", device=name))
+            clock.advance(1)
+        new_session(store, owner="bob")
+        made.pop(2).expire()
+        late = new_session(store, 5, owner="ann", device="late")
+        mine = store.open(made[1].uid)
+        mine.device = "unsaved" if not self.live else "desk"
+        clock.advance(5)
+        listed = self.elsewhere(store).sessions("ann")
+        assert [(s.device, s.handle, s.created) for s in listed] == [
+            (name, s.handle, s.created) for name, s in zip(["phone", "desk", "couch"], made, strict=True)
+        ]
+        assert [s.authenticated for s in listed] == [s.created for s in listed]
+        assert all(listed[n].lastModified == made[n].created for n in (0, 2))  # listing isn't activity
+        assert len({s.handle for s in [*listed, late]}) == 4
+        assert store.sessions("eve") == []
+        store.save(mine)
+
+    def test_a_listed_session_can_be_ended_also_in_use_or_twice(self, store):
+        sessions = [new_session(store, witness=n, owner="ann") for n in range(4)]
+        mine = store.open(sessions[0].uid)
+        listed = self.elsewhere(store).sessions("ann")
+        sessions[1].expire()
+        for each in listed:
+            if each.handle != sessions[3].handle:
+                each.expire()
+        assert sorted(Witness.saw) == [0, 1, 2]
+        store.save(mine)
+        assert [lives(store, s.uid) for s in sessions] == [False, False, False, True]
+
+    def test_handles_open_nothing(self, store):
+        session = new_session(store, owner="ann")
+        assert re.fullmatch("[0-9a-f]{16}", session.handle)
+        assert store.open(session.handle) is store.peek(session.handle) is None
+        with pytest.raises(AttributeError):
+            store.sessions("ann")[0].foo = 1
+
+    def test_1000_sessions_of_one_owner_are_listed_in_less_than_a_second(self, store):
+        for _ in range(1000):
+            new_session(store, owner="ann")
+        start = time.perf_counter()
+        assert len(store.sessions("ann")) == 1000
+        assert time.perf_counter() - start < 1
+        assert store.expireAll("ann") == 1000
+
+    # Looking
+
+    def test_a_look_waits_for_nobody_and_changes_nothing(self, store):
+        session = new_session(store, foo=1, owner="ann")
+        mine = store.open(session.uid)
+        look = self.elsewhere(store).peek(session.uid)
+        assert (look.foo, look.owner, look.uid) == (1, "ann", session.uid)
+        for change in (
+            put(bar=1), lambda s: delattr(s, "foo"), lambda s: s.setComponent(INothing, 1), lambda s: s.renew(),
+            lambda s: s.login("eve"), lambda s: s.setLifetime(5), lambda s: s.release(),
+            lambda s: s.notifyOnExpire(print),
+        ):  # fmt: skip
+            with pytest.raises(AttributeError, match="ISession"):
+                change(look)
+        assert ICounter(look).hits == 0
+        with pytest.raises(SessionBusy):  # and it is held still
+            store.open(session.uid, patience=0)
+        store.save(mine)
+        with visit(store, session.uid) as again:
+            assert vars(again) == {"foo": 1}
+            assert ICounter not in again
+
+    def test_looks_move_the_idle_clock_on_once_in_an_eighth_of_the_lifetime(self, store, clock):
+        session = new_session(store, 80, 1000, foo=1)
+        seen = []
+        for _ in range(25):
+            clock.advance(4)
+            store.peek(session.uid)
+            seen.append(store.peek(session.uid).lastModified)
+        assert [b - a for a, b in zip(seen, seen[1:], strict=False) if b != a] == [12] * 8
+        for seconds in (12, 79):
+            clock.advance(seconds)
+            assert lives(store, session.uid)
+        clock.advance(80)
+        assert store.peek(session.uid) is None
+
+    def test_peek_of_an_environ_finds_what_the_request_would_have(self, store):
+        visitor = Guest(store)
+        assert visitor.do(lambda look: look, find=minisess.peek) is None
+        assert (visitor.was_told, visitor.response["Vary"], len(store)) == (None, "Cookie", 0)
+        visitor.do(lambda session: session.login("ann"))
+        mine = store.open(visitor.sid)
+        assert visitor.do(lambda look: look.owner, find=minisess.peek) == "ann"
+        assert (visitor.was_told, visitor.response["Vary"]) == (None, "Cookie")
+        store.save(mine)
+
+        def both(environ):
+            look, session = minisess.peek(environ), ISession(environ)
+            session.foo = getattr(look, "foo", 0) + 1
+            return (
+                look is not session,
+                minisess.peek(environ) is session,
+                minisess.peek(RequestWithEnviron(environ)).foo,
+            )
+
+        assert [visitor.do(both, find=lambda environ: environ), visitor.do(both, find=dict)] == [
+            (True, True, 1),
+            (True, True, 2),
+        ]
 
     # Holding
-
-    def test_others_wait_until_it_is_let_go(self, store):
-        session = new_session(store, n=1)
-        mine = store.open(session.uid)
-
-        def other():
-            with visit(store, session.uid) as theirs:
-                theirs.n *= 10
-                return theirs.n
-
-        thread = Background(other)
-        assert thread.is_stuck()
-        mine.n += 1
-        store.save(mine)
-        assert thread.result() == 20
 
     def test_who_waits_in_vain_is_told_so(self, store):
         session = new_session(store, foo=1)
         mine = store.open(session.uid)
-        with pytest.raises(SessionBusy) as caught:
-            store.open(session.uid, patience=0.02)
-        assert caught.value.patience == 0.02
-        assert isinstance(caught.value, TimeoutError)
+        for each in (store, self.elsewhere(store)):
+            with pytest.raises(SessionBusy) as caught:
+                each.open(session.uid, patience=0.02)
+            assert caught.value.patience == 0.02
+            assert isinstance(caught.value, TimeoutError)
         store.save(mine)
         assert store.open(session.uid, patience=0) is not None
 
-    def test_without_hold_nobody_waits(self, store):
-        session = new_session(store, foo=1)
-        with visit(store, session.uid):
-            assert store.open(session.uid, patience=0, hold=False).foo == 1
-            with pytest.raises(SessionBusy):  # and it is held still
-                store.open(session.uid, patience=0)
-        assert store.open(session.uid, patience=0) is not None
+    def test_who_came_first_is_served_first(self, store):
+        uid, served = new_session(store, n=0).uid, []
 
-    def test_what_two_requests_without_hold_set_is_both_kept(self, store):
-        session = new_session(store, foo=1)
-        one, two = store.open(session.uid, hold=False), store.open(session.uid, hold=False)
-        one.one, two.two = 1, 2
-        store.save(one)
-        store.save(two)
-        with visit(store, session.uid) as again:
-            assert vars(again) == {"foo": 1, "one": 1, "two": 2}
+        def wait(number):
+            with visit(store, uid):
+                served.append(number)
 
-    def test_callbacks_that_two_requests_without_hold_add_all_run_once(self, store):
-        session = new_session(store, witness="gone")
-        with visit(store, session.uid) as first:
-            first.setComponent(IDiary, Witness("diary"))
-        one, two = store.open(session.uid, hold=False), store.open(session.uid, hold=False)
-        one.notifyOnExpire(IWitness(one).ended_too)
-        two.notifyOnExpire(IDiary(two).ended)
-        store.save(one)
-        store.save(two)
-        store.open(session.uid).expire()
-        assert sorted(Witness.saw) == ["diary", "gone", "gone too"]
+        mine, waiting = store.open(uid), []
+        for number in range(6):
+            waiting.append(Background(wait, number))
+            assert waiting[-1].is_stuck()
+        store.save(mine)
+        for thread in waiting:
+            thread.result()
+        assert served == list(range(6))
 
-    @pytest.mark.parametrize(
-        "end",
-        [lambda s: s.renew(), lambda s: s.login("ann"), lambda s: s.expire()],
-        ids=["renew", "login", "expire"],
-    )
+    @pytest.mark.parametrize("end", ["renew", "login", "expire"])
     def test_who_waits_for_an_id_that_dies_gets_nothing(self, store, end):
         session = new_session(store, foo=1)
-        uid = session.uid
-        mine = store.open(uid)
-        thread = Background(store.open, uid)
-        assert thread.is_stuck()
-        end(mine)
-        assert thread.result() is None
+        mine = store.open(session.uid)
+        threads = [Background(each.open, session.uid) for each in (store, self.elsewhere(store))]
+        assert threads[0].is_stuck() and threads[1].is_stuck()
+        mine.login("ann") if end == "login" else getattr(mine, end)()
+        assert [thread.result() for thread in threads] == [None if end == "expire" else MOVED] * 2
         store.save(mine)
 
     def test_a_session_in_use_isnt_swept_but_judged_when_it_is_let_go(self, store, clock):
@@ -2136,6 +2231,21 @@ class StoreContract:
         assert store.open(dropped.uid) is None
         assert Witness.saw == ["dropped"]
 
+    def test_a_hold_ends_with_the_object_that_has_it(self, store, clock):
+        session = new_session(store, witness="w")
+        mine = store.open(session.uid)
+        with pytest.raises(SessionBusy):
+            store.open(session.uid, patience=0)
+        del mine
+        gc.collect()
+        mine = store.open(session.uid, patience=0)
+        assert IWitness(mine).name == "w"
+        del mine
+        gc.collect()
+        clock.advance(60)
+        assert store.sweep() == 1
+        assert Witness.saw == ["w"]
+
     def test_release_by_the_store_lets_go_without_saving(self, store):
         session = new_session(store, foo=1)
         mine = store.open(session.uid)
@@ -2149,31 +2259,312 @@ class StoreContract:
         mine.foo = 2
         mine.release()
         mine.release()
-        theirs = Background(store.open, session.uid, 0).result()
+        theirs = self.elsewhere(store).open(session.uid, 0)
         assert theirs.foo == 2
         mine.release()  # but it isn't mine any more
         with pytest.raises(SessionBusy):
             store.open(session.uid, patience=0)
 
-    def test_release_of_a_new_session_stores_it(self, store):
-        session = store.create(LIFETIME, MAX_LIFETIME)
-        session.foo = 1
-        session.release()
-        assert store.open(session.uid, patience=0).foo == 1
+    # Running without a hold
 
-    def test_each_request_builds_on_the_one_before(self, store):
-        session = new_session(store, n=0)
+    def test_what_nobody_else_changed_is_saved_after_the_release(self, store, clock):
+        session, other = new_session(store, foo=1), self.elsewhere(store)
+        mine = store.open(session.uid)
+        mine.release()
+        clock.advance(3)
+        with visit(other, session.uid) as theirs:  # somebody else looks
+            theirs.touch()
+        mine.bar = 2
+        mine.setComponent(IWitness, Witness("w"))
+        mine.notifyOnExpire(IWitness(mine).ended)
+        mine.release()
+        mine.baz = 3
+        store.save(mine)
+        with visit(other, session.uid) as again:
+            assert vars(again) == {"foo": 1, "bar": 2, "baz": 3}
+            again.expire()
+        assert Witness.saw == ["w"]
 
-        def requests():
-            for _ in range(15):
-                with visit(store, session.uid, patience=20) as mine:
-                    n = mine.n
-                    time.sleep(0)  # lets another thread run
-                    mine.n = n + 1
+    @pytest.mark.parametrize(
+        "change",
+        [put(foo=2), put(other=1), lambda s: delattr(s, "foo"), lambda s: s.setComponent(IWitness, Witness("theirs"))],
+        ids=["attribute", "another attribute", "deleted", "component"],
+    )
+    def test_late_changes_to_what_somebody_else_has_changed_are_a_conflict(self, store, change):
+        session, other = new_session(store, foo=1), self.elsewhere(store)
+        mine = store.open(session.uid)
+        mine.release()
+        with visit(other, session.uid) as theirs:
+            change(theirs)
+        mine.bar = 1
+        with pytest.raises(SessionConflict, match="another request has changed"):
+            mine.release()
+        with visit(other, session.uid, patience=0) as again:
+            assert "bar" not in again
 
-        for thread in [Background(requests) for _ in range(6)]:
-            thread.result()
-        assert store.open(session.uid).n == 90
+    def test_a_request_that_has_let_go_can_neither_renew_nor_log_in(self, store):
+        visitor = Guest(store)
+        visitor.do(put(foo=1))
+
+        def work(session):
+            session.release()
+            for move in (session.renew, lambda: session.login("ann")):
+                with pytest.raises(SessionError, match=r"before session\.release\(\)"):
+                    move()
+            return session.uid
+
+        uid = visitor.sid
+        assert visitor.do(work) == uid
+        assert visitor.was_told is None
+        assert store.peek(uid).owner is None
+
+    @MOVES
+    def test_a_planted_id_shows_nothing_of_what_the_victims_login_brings(self, store, move):
+        """The attacker's request lets go early, or streams; meanwhile the victim logs in with the id it planted."""
+        attacker = Guest(store)
+        attacker.do(put(basket=1))
+        victim = Guest(self.elsewhere(store), attacker.cookies)
+        seen, go_on, released = [], threading.Event(), threading.Event()
+
+        def look(session):
+            for wish in (session.renew, lambda: session.login("mallory")):
+                with pytest.raises(SessionError):
+                    wish()
+            session.mallory = 1
+            seen.append((getattr(session, "card", None), session.owner, IWitness(session, None), session.uid))
+
+        def slow(session):
+            session.release()
+            released.set()
+            go_on.wait(20)
+            look(session)
+
+        def stream(session):
+            session.touch()
+            yield b"1"
+            look(session)
+            session.touch()
+            seen.append(session.ended)
+            look(session)
+            yield b"2"
+
+        def log_in(session):
+            move(session)
+            session.card = "4111"
+            session.setComponent(IWitness, Witness("victim's"))
+
+        body = attacker.stream(stream)
+        thief = Background(attacker.do, slow)
+        released.wait(20)
+        planted = attacker.sid
+        victim.do(log_in)
+        go_on.set()
+        thief.result()
+        assert next(body) == b"2"
+        body.close()
+        assert seen == [(None, None, None, planted)] * 2 + [True] + [(None, None, None, planted)]
+        assert attacker.sid == planted != victim.sid
+        assert victim.do(lambda s: (vars(s), IWitness(s).name)) == ({"basket": 1, "card": "4111"}, "victim's")
+        assert len(store) == 1
+
+    def test_a_session_that_was_ended_is_empty_for_the_request_that_still_has_it(self, store):
+        visitor, other = Guest(store), self.elsewhere(store)
+        visitor.do(lambda session: session.login("ann") or put(foo=1)(session))
+
+        def state(session):
+            return session.ended, session.owner, vars(session), IWitness in session
+
+        def stream(session):
+            session.setComponent(IWitness, Witness("w"))
+            yield b"1"
+            assert not session.ended
+            other.expireAll("ann")
+            if not self.live:
+                assert not session.ended  # it hasn't asked
+                session.touch()
+            seen.append(state(session))
+            yield b"2"
+
+        seen = []
+        assert list(visitor.stream(stream)) == [b"2"]
+        assert seen == [(True, None, {}, False)]
+
+    @pytest.mark.parametrize("ask", ["ISession", "touch", "release"])
+    def test_a_request_that_asks_the_store_again_learns_that_its_session_has_ended(self, store, ask):
+        visitor, other = Guest(store), self.elsewhere(store)
+        visitor.do(lambda session: session.login("ann"))
+
+        def work(environ):
+            session = ISession(environ)
+            session.release()
+            other.expireAll("ann")
+            {"ISession": lambda: ISession(environ), "touch": session.touch, "release": session.release}[ask]()
+            return session.ended, session.owner, ISession(environ) is session
+
+        assert visitor.do(work, find=lambda environ: environ) == (True, None, False)
+        assert len(store) == 0
+
+    def test_touch_in_a_body_counts_at_once(self, store, clock):
+        visitor, seen = Guest(store, lifetime=LIFETIME), []
+
+        def stream(session):
+            session.foo = 1
+            yield b"1"
+            for _ in range(4):
+                clock.advance(LIFETIME - 1)
+                session.touch()
+                seen.append(self.elsewhere(store).peek(session.uid).lastModified == clock.now)
+                yield b"2"
+
+        assert list(visitor.stream(stream)) == [b"2"] * 4
+        assert seen == [True] * 4
+
+    def test_what_a_body_changes_is_saved_at_its_end_or_logged_as_a_conflict(self, store, caplog):
+        visitor, other = Guest(store), self.elsewhere(store)
+        visitor.do(put(foo=1))
+
+        def stream(session):
+            yield b"1"
+            session.late = [*getattr(session, "late", ()), session.foo]
+
+        assert list(visitor.stream(stream)) == []
+        assert visitor.do(lambda session: session.late) == [1]
+        body = visitor.stream(stream)
+        with visit(other, visitor.sid) as theirs:
+            theirs.late = [2]
+        caplog.clear()
+        assert list(body) == []
+        assert visitor.do(lambda session: session.late) == [2]
+        assert ("ERROR", "conflict") in [(r.levelname, r.event) for r in caplog.records]
+
+    def test_a_component_that_keeps_its_session_works_in_later_requests(self, store):
+        visitor = Guest(store)
+        visitor.do(lambda session: session.setComponent(IDiary, Diary(session)))
+        ids = [visitor.sid]
+        visitor.do(lambda session: IDiary(session).session.login("ann"))
+        ids.append(visitor.sid)
+        visitor.do(lambda session: setattr(IDiary(session).session, "foo", 1))
+        assert visitor.do(lambda s: (s.owner, s.foo, IDiary(s).session.owner, IDiary(s).session.uid)) == (
+            "ann", 1, "ann", visitor.sid,
+        )  # fmt: skip
+        visitor.do(lambda session: IDiary(session).session.renew())
+        ids.append(visitor.sid)
+        visitor.do(lambda session: IDiary(session).session.login("ann"))
+        ids.append(visitor.sid)
+        assert len(set(ids)) == 4
+        assert [lives(store, uid) for uid in ids] == [False, False, False, True]
+        visitor.do(lambda session: IDiary(session).session.expire())
+        assert visitor.sid is None
+        assert len(store) == 0
+
+    # Requests that came with an id that has moved
+
+    @pytest.mark.parametrize("late", [False, True], ids=["waiting", "after the login"])
+    def test_a_parallel_request_with_the_old_id_cant_undo_a_login(self, store, late):
+        visitor = Guest(store)
+        visitor.do(put(basket=1))
+        old = dict(visitor.cookies)
+        parallel = Guest(self.elsewhere(store), old)
+        waiting = []
+
+        def log_in(session):
+            if not late:
+                waiting.append(Background(parallel.do, put(seen=1)))
+                assert waiting[0].is_stuck()
+            session.login("ann")
+
+        visitor.do(log_in)
+        (waiting[0].result() if waiting else parallel.do(put(seen=1)))
+        assert parallel.was_told is None
+        assert parallel.do(lambda session: (vars(session), session.owner)) == ({}, None)
+        assert parallel.was_told is None
+        assert (len(store), [s.handle for s in store.sessions("ann")]) == (1, [store.peek(visitor.sid).handle])
+        assert visitor.do(lambda session: session.owner) == "ann"
+
+    def test_who_missed_the_answer_of_a_login_logs_in_again_with_the_old_cookie(self, store):
+        visitor = Guest(store)
+        visitor.do(put(basket=1))
+        lost = dict(visitor.cookies)
+        visitor.do(lambda session: session.login("ann"))
+        again = Guest(store, lost)
+        again.do(lambda session: session.login("ann"))
+        assert again.was_told and again.sid != visitor.sid
+        assert again.do(lambda session: session.owner) == visitor.do(lambda session: session.owner) == "ann"
+        assert len(store) == 2
+
+    def test_an_old_id_is_remembered_for_60_seconds(self, store, clock):
+        session = new_session(store, foo=1)
+        with visit(store, session.uid) as mine:
+            mine.renew()
+        clock.advance(59)
+        store.sweep()
+        assert store.open(session.uid) is store.peek(session.uid) is MOVED
+        assert MOVED.ended is True
+        self.let_a_minute_pass(store, clock, session.uid)
+        assert store.open(session.uid) is store.peek(session.uid) is None
+
+    def let_a_minute_pass(self, store, clock, uid):
+        clock.advance(1)
+        store.sweep()
+
+    def test_moved_ids_are_neither_counted_nor_listed_nor_called_back(self, store, clock):
+        session = new_session(store, 1000, 1000, witness="w", owner="ann")
+        for _ in range(5):
+            with visit(store, session.uid) as session:
+                session.renew()
+        assert (len(store), len(store.sessions("ann"))) == (1, 1)
+        clock.advance(61)
+        assert store.sweep() == 0
+        assert store.expireAll("ann") == 1
+        assert Witness.saw == ["w"]
+        assert store.clear() == 0
+
+    # Failures
+
+    def test_a_response_with_a_5xx_status_saves_nothing(self, store):
+        visitor = Guest(store)
+        visitor.do(put(foo=1), **{"test.status": "503 Not Now"})
+        assert (visitor.was_told, len(store)) == (None, 0)
+        visitor.do(put(foo=1), **{"test.status": "404 Not Found"})
+        assert len(store) == 1
+        visitor.do(lambda session: session.login("eve"), **{"test.status": "500 Internal Server Error"})
+        uid = visitor.sid
+        visitor.do(put(foo=2), **{"test.status": "500 Internal Server Error"})
+        if not self.live:  # whose objects have been changed already
+            assert self.elsewhere(store).peek(uid).foo == 1
+        assert store.open(uid, patience=0) is not None
+
+    def test_log_records_say_what_happened_to_whom_and_why(self, store, clock, caplog):
+        caplog.set_level(logging.INFO, "minisess")
+        handles = []
+
+        def log_in(session):
+            handles.append(session.handle)
+            session.login("ann")
+            handles.append(session.handle)
+
+        visitor = Guest(store, lifetime=LIFETIME)
+        visitor.do(put(foo=1))
+        visitor.do(log_in)
+        visitor.do(lambda session: session.expire())
+        idle = new_session(store, owner="bob")
+        clock.advance(LIFETIME)
+        store.sweep()
+        busy = new_session(store, owner="eve")
+        store.expireAll("eve")
+        told = [
+            (r.event, r.session, r.owner, r.reason) for r in caplog.records if r.event != "login" or r.owner == "ann"
+        ]
+        assert told == [
+            ("created", handles[0], None, None),
+            ("login", handles[1], "ann", None),
+            ("ended", handles[1], "ann", "logout"),
+            ("created", idle.handle, "bob", None),
+            ("ended", idle.handle, "bob", "idle"),
+            ("created", busy.handle, "eve", None),
+            ("ended", busy.handle, "eve", "all"),
+        ]
+        assert not any(uid in caplog.text for uid in (idle.uid, busy.uid))
 
     # All together
 
@@ -2185,9 +2576,9 @@ class StoreContract:
 class RandomWalk:
     """Does at random what requests do to a store, and to a model of it: dicts by uid.
 
-    Some requests are still in flight when others come.  A session's witness notes its end, so
-    that at any time it is known exactly which sessions are stored: those that live, and those
-    whose time is up but whom nobody has noticed yet.
+    Some requests are still in flight when others come, some have let go and change things later.
+    A session's witness notes its end, so that at any time it is known exactly which sessions are
+    stored: those that live, and those whose time is up but whom nobody has noticed yet.
     """
 
     def __init__(self, store, clock, seed):
@@ -2196,15 +2587,18 @@ class RandomWalk:
         self.due = {}  # witness name -> model of those that are past their deadline
         self.ended = []  # names of witnesses whose sessions were ended by us
         self.dead = []  # uids that were used once
+        self.moved = {}  # uids that were left, and when
         self.flights = []  # (session, model, when it was opened)
+        self.late = []  # (session, model, n as it was, uid) of requests that have let go
         self.names = 0
         store.sweep()
         Witness.saw.clear()
         self.already = len(store)
 
     def take(self, steps):
-        actions = [self.begin, self.finish, self.visit, self.look, self.expire_other, self.expire_all, self.sweep]
-        weights = [3, 3, 8, 2, 1, 1, 1]
+        actions = [self.begin, self.finish, self.visit, self.look, self.change_late, self.expire_other]
+        actions += [self.expire_all, self.sweep]
+        weights = [3, 3, 8, 2, 2, 1, 1, 1]
         for self.step in range(steps):
             for action in [self.create, self.pass_time, *self.random.choices([*actions], weights, k=2)]:
                 if action in (self.create, self.pass_time) and self.random.random() < 0.5:
@@ -2259,23 +2653,28 @@ class RandomWalk:
 
     # The steps
 
-    def create(self):
-        random, now = self.random, self.clock.now
-        session = self.store.create(random.choice([4, 8, 15]), random.choice([20, 40, 80]))
-        uid, owner = session.uid, random.choice([None, None, "ann", "bob"])
-        if random.random() < 0.2:
-            self.store.save(session)  # it is empty: never heard of again
-            self.dead.append(uid)
-            return
+    def fill(self, session):
+        """Put on an empty session what is looked for later; answers its model."""
         self.names += 1
         session.setComponent(IWitness, Witness(self.names))
         session.notifyOnExpire(IWitness(session).ended)
         session.n = 0
+        now = self.clock.now
+        model = {"name": self.names, "n": 0, "owner": session.owner, "used": now, "since": now}
+        return {**model, "lifetime": session.lifetime, "max": session.max_lifetime}
+
+    def create(self):
+        session = self.store.create(self.random.choice([4, 8, 15]), self.random.choice([20, 40, 80]))
+        if self.random.random() < 0.2:
+            self.store.save(session)  # it is empty: never heard of again
+            self.dead.append(session.uid)
+            return
+        owner = self.random.choice([None, None, "ann", "bob"])
         if owner:
             session.login(owner)
+        model = self.fill(session)
         self.store.save(session)
-        model = {"name": self.names, "n": 0, "owner": owner, "used": now, "since": now}
-        self.live[session.uid] = {**model, "lifetime": session.lifetime, "max": session.max_lifetime}
+        self.live[session.uid] = model
 
     def pass_time(self):
         seconds = self.random.choice([0.5, 1, 2, 5])
@@ -2284,18 +2683,20 @@ class RandomWalk:
         self.clock.advance(seconds)
         self.judge()
 
-    def open(self, uid, hold):
+    def open(self, uid, how="open"):
         """Open *uid*, and see that the session is as it should be; answers it and its model, or None."""
         model = self.live.get(uid)
-        if model is not None and hold and self.in_flight(model):
+        if how == "open" and model is not None and self.in_flight(model):
             with pytest.raises(SessionBusy):
                 self.store.open(uid, patience=0)
             return None
-        session = self.store.open(uid, patience=0, hold=hold)
-        assert (session is None) == (model is None)
-        if session is None:
+        session = self.store.open(uid, patience=0) if how == "open" else self.store.peek(uid)
+        if model is None:
+            left = self.moved.get(uid)
+            assert session is (MOVED if left and self.clock.now < left + 60 else None) or (left and session is MOVED)
             return None
-        model["used"] = self.clock.now
+        if how == "open" or self.clock.now - model["used"] >= model["lifetime"] / 8:
+            model["used"] = self.clock.now
         assert (session.uid, session.owner, session.lifetime) == (uid, model["owner"], model["lifetime"])
         assert vars(session) == {"n": model["n"]}
         assert IWitness(session).name == model["name"]
@@ -2303,7 +2704,7 @@ class RandomWalk:
 
     def begin(self):
         if len(self.flights) < 3:
-            opened = self.open(self.pick(), hold=True)
+            opened = self.open(self.pick())
             if opened:
                 self.flights.append((*opened, self.clock.now))
 
@@ -2313,7 +2714,7 @@ class RandomWalk:
             self.use(session, model)
 
     def visit(self):
-        opened = self.open(self.pick(), hold=True)
+        opened = self.open(self.pick())
         if opened:
             self.use(*opened)
 
@@ -2330,38 +2731,64 @@ class RandomWalk:
         elif change == "setLifetime":
             session.setLifetime(self.random.choice([4, 8, 15]))
             model["lifetime"] = session.lifetime
+            self.late = [late for late in self.late if late[1] is not model]
         elif change == "count":
             session.n = model["n"] = model["n"] + 1
+        elif not alive:
+            with pytest.raises(SessionError):
+                session.renew() if change == "renew" else session.login("ann")
         else:
-            owner = self.random.choice(["ann", "bob"])
-            with contextlib.nullcontext() if alive else pytest.raises(SessionError):
-                session.renew() if change == "renew" else session.login(owner)
-            if alive:
-                assert session.uid != uid
-                self.dead.append(uid)
-                self.live[session.uid] = self.live.pop(uid)
-                if change == "login":
-                    model.update(owner=owner, since=self.clock.now)
+            self.move(session, model, self.random.choice(["ann", "bob"]) if change == "login" else None)
+            model = self.live[session.uid]
         self.store.save(session)
         if alive:
             model["used"] = self.clock.now
+            self.late.append((session, model, model["n"], session.uid))
+            del self.late[:-10]
         self.judge()
 
+    def move(self, session, model, owner):
+        uid = session.uid
+        session.login(owner) if owner else session.renew()
+        assert session.uid != uid
+        self.dead.append(uid)
+        self.moved[uid] = self.clock.now
+        if owner and model["owner"] not in (None, owner):
+            self.kill(uid)
+            assert vars(session) == {}
+            self.live[session.uid] = self.fill(session)
+        else:
+            self.live[session.uid] = self.live.pop(uid)
+            if owner:
+                model.update(owner=owner, since=self.clock.now)
+
     def look(self):
-        """A request that holds nothing."""
-        uid = self.pick(free=True)
-        opened = self.open(uid, hold=False)
-        if opened:
-            session, model = opened
-            session.n = model["n"] = model["n"] + 1
+        """A request that only looks.  (One in flight may be kept alive by it alone.)"""
+        self.open(self.pick(free=True), "peek")
+
+    def change_late(self):
+        """A request that has let go long ago changes something."""
+        if not self.late or self.flights:
+            return
+        session, model, n, uid = self.late.pop(self.random.randrange(len(self.late)))
+        alive = self.live.get(uid) is model
+        session.n = -1
+        with pytest.raises(SessionConflict) if alive and model["n"] != n else contextlib.nullcontext():
             self.store.save(session)
+            if alive:
+                model["n"], model["used"] = -1, self.clock.now
+        self.late = [late for late in self.late if late[0] is not session]
 
     def expire_other(self):
         """End a session, in flight or not, by somebody who doesn't hold it."""
         uid = self.pick()
         model = self.live.get(uid)
         if model is not None and self.clock.now < min(model["used"] + model["lifetime"], model["since"] + model["max"]):
-            self.store.open(uid, hold=False).expire()
+            look = self.store.peek(uid)
+            if look is None:
+                assert self.in_flight(model)  # it is over by what was saved last
+                return
+            look.expire()
             self.kill(uid)
 
     def expire_all(self):
@@ -2394,10 +2821,12 @@ class TestSession:
             ("owner", r"session\.login\(owner\)"),
             ("lifetime", r"session\.setLifetime\(seconds\)"),
             ("uid", r"session\.renew\(\)"),
+            ("lastModified", r"session\.touch\(\)"),
             *(
-                (name, "another name")
-                for name in ("created", "expires", "expire", "setComponent", "_state", "__class__")
+                (n, "another name")
+                for n in ("created", "expires", "ended", "handle", "authenticated", "expire", "login")
             ),
+            *((n, "another name") for n in ("setComponent", "removeComponent")),
         ],
     )
     def test_names_of_its_own_cant_be_set_or_deleted(self, session, name, hint):
@@ -2408,6 +2837,26 @@ class TestSession:
             delattr(session, name)
         assert getattr(session, name) == before
         assert vars(session) == {}
+
+    @pytest.mark.parametrize(
+        ("use", "error", "advice"),
+        [
+            (lambda s: s["foo"], TypeError, r"session\.foo, not session\['foo'\]"),
+            (lambda s: operator.setitem(s, "foo", 1), TypeError, r"session\.foo"),
+            (lambda s: s.get("foo"), AttributeError, "getattr"),
+            (lambda s: s.flush(), AttributeError, r"session\.expire\(\)"),
+            (lambda s: s.cycle_key(), AttributeError, r"session\.renew\(\)"),
+            (lambda s: s.save(), AttributeError, "saved by itself"),
+            (put(modified=True), AttributeError, "saved by itself"),
+            (put(permanent=True), AttributeError, "remember="),
+            (lambda s: s.permanent, AttributeError, "remember="),
+            (lambda s: s.setLifetime(MAX_LIFETIME + 1), ValueError, r"remember=.*max_lifetime="),
+        ],
+    )
+    def test_what_people_try_is_answered_with_what_to_do(self, session, use, error, advice):
+        with pytest.raises(error, match=advice):
+            use(session)
+        assert (vars(session), session.lifetime) == ({}, LIFETIME)
 
     def test_its_dict_is_exactly_the_users(self, session):
         session.foo = 1
@@ -2426,9 +2875,17 @@ class TestSession:
 
     @pytest.mark.parametrize("seconds", [0, -1, "5", True, float("nan")])
     def test_a_lifetime_is_a_positive_number(self, session, seconds):
-        with pytest.raises(ValueError, match="positive number of seconds"):
-            session.setLifetime(seconds)
-        assert session.lifetime == LIFETIME
+        for use in (session.setLifetime, lambda seconds: session.login("ann", remember=seconds)):
+            with pytest.raises(ValueError, match="positive number of seconds"):
+                use(seconds)
+        assert (session.lifetime, session.owner) == (LIFETIME, None)
+
+    @pytest.mark.parametrize("options", [{"lifetime": 86400}, {"lifetime": 20, "max_lifetime": 10}])
+    def test_a_middleware_never_cuts_a_lifetime_silently(self, options):
+        with pytest.raises(ValueError, match="max_lifetime="):
+            SessionMiddleware(counter_app, **options)
+        SessionMiddleware(counter_app, **{**options, "max_lifetime": None})
+        SessionMiddleware(counter_app, lifetime=None, max_lifetime=5)
 
     @pytest.mark.parametrize("owner", [None, "", 7, b"ann"])
     def test_an_owner_is_a_str_that_isnt_empty(self, session, owner):
@@ -2441,26 +2898,306 @@ class TestSession:
         with pytest.raises(TypeError, match="can't be called"):
             session.notifyOnExpire("no")
 
-    def test_neither_repr_nor_logs_show_a_uid(self, session, caplog):
+    def test_neither_repr_nor_logs_show_a_uid(self, caplog):
         caplog.set_level(logging.DEBUG, "minisess")
-        store, uids = session._store, [session.uid]
+        store = MemoryStore(clock=Clock())
+        session = store.create(LIFETIME, MAX_LIFETIME)
+        uids, shown = [session.uid], []
         session.setComponent(IWitness, Witness("w"))
-        assert re.fullmatch(r"<Session [0-9a-f]{8}, new, keeps IWitness>", repr(session))
+        assert repr(session) == f"<Session {session.handle}, new, keeps IWitness>"
         store.save(session)
-        session.login("ann")
-        uids.append(session.uid)
-        shown = repr(session)
-        session.expire()
-        store.save(session)
-        messages = [record.getMessage() for record in caplog.records]
-        assert [message.split(" ", 2)[2].split(":")[0] for message in messages] == [
-            "created",
-            "renewed",
-            "ended",
-            "has ended while a request used it",
-        ]
-        assert not any(uid in text for uid in uids for text in [shown, repr(session), *messages])
-        assert "of 'ann'" in shown
+        with visit(store, session.uid) as session:
+            session.login("ann")
+            uids.append(session.uid)
+            shown.append(repr(session))
+            session.expire()
+        shown += [repr(session), *(record.getMessage() for record in caplog.records)]
+        assert [record.event for record in caplog.records] == ["created", "login", "ended", "lost"]
+        assert not any(uid in text for uid in uids for text in shown)
+        assert "of 'ann'" in shown[0]
+
+
+# Holding
+# ---------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """What may be raised anywhere: Ctrl-C, a Timeout, a worker's death sentence."""
+
+
+def interrupt_at(number, work):
+    """Call *work*, and raise Interrupted at its bytecode of that number within the module; was there one?"""
+    count = 0
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != minisess.__file__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return trace_opcodes
+
+    def trace_opcodes(frame, event, arg):
+        nonlocal count
+        count += event == "opcode"
+        if event == "opcode" and count == number:
+            sys.settrace(None)
+            raise Interrupted
+        return trace_opcodes
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+    return count >= number
+
+
+REQUESTS = {
+    "looking": (lambda session: getattr(session, "n", 0), "old"),
+    "changing": (put(n=1), "old"),
+    "creating": (put(n=1), "new"),
+    "renewing": (lambda session: session.renew(), "old"),
+    "logging in": (lambda session: session.login("ann"), "old"),
+    "logging in as another": (lambda session: session.login("bob"), "owned"),
+    "ending": (lambda session: session.expire(), "old"),
+    "releasing": (lambda session: session.release(), "old"),
+}
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("what", REQUESTS)
+def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked(what, kind, place_of):
+    work, which = REQUESTS[what]
+    store = MemoryStore() if kind == "memory" else place_of("sqlite").store()
+    guest, stuck, number = Guest(store, patience=0), [], 1
+
+    def application(environ, start_response):
+        work(ISession(environ))
+        start_response("200 OK", [])
+        return []
+
+    raw = SessionMiddleware(application, store, patience=0)
+
+    def afterwards(uid):
+        """What must go on working, for this visitor (if the session is there still) and for others."""
+        next_one = Guest(store, {"sid": uid}, patience=0)
+        next_one.do(put(after=1))
+        next_one.do(lambda session: session.renew())
+        next_one.do(lambda session: session.expire())
+        store.sweep()
+        store.expireAll("bob")
+
+    while True:
+        guest.cookies.clear()
+        guest.do(put(n=0) if which != "owned" else lambda session: session.login("ann"))
+        environ = Browser(None).environ(**({"HTTP_COOKIE": f"sid={guest.sid}"} if which != "new" else {}))
+        # In a thread of its own: CPython may go on handling what was handled at that bytecode, with its traceback.
+        if not Background(
+            interrupt_at, number, lambda raw=raw, e=environ: raw(e, lambda status, headers: None)
+        ).result():
+            break
+        del environ
+        try:
+            Background(afterwards, guest.sid).result()
+        except (SessionError, AssertionError) as error:
+            stuck.append((number, error))
+            store = MemoryStore() if kind == "memory" else place_of("sqlite").store()
+            guest, raw = Guest(store, patience=0), SessionMiddleware(application, store, patience=0)
+        number += 1
+    assert number > 100
+    assert stuck == []
+    store.clear()
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_exceptions_from_other_threads_leave_nothing_held(kind, place_of):
+    """As a server raises them in a worker that takes too long: at any moment, also within C code."""
+    import ctypes
+
+    store = MemoryStore() if kind == "memory" else place_of("sqlite").store()
+    uids = [new_session(store, 1000, 1000, n=0).uid for _ in range(3)]
+    stop, hits = threading.Event(), []
+
+    def application(environ, start_response):
+        session = ISession(environ)
+        session.n += 1
+        if session.n % 3 == 0:
+            session.touch()
+        start_response("200 OK", [])
+        return []
+
+    wrapped = SessionMiddleware(application, store, patience=5)
+
+    def worker(number):
+        while not stop.is_set():
+            try:
+                while not stop.is_set():
+                    wrapped(Browser(None).environ(HTTP_COOKIE=f"sid={uids[number % 3]}"), lambda *_: None)
+            except Interrupted:
+                hits.append(number)
+
+    threads = [Background(worker, number) for number in range(4)]
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        time.sleep(0.002)
+        target = ctypes.c_ulong(random.choice(threads).ident)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(Interrupted))
+    stop.set()
+    for thread in threads:
+        with contextlib.suppress(Interrupted):
+            thread.result()
+    assert len(hits) > 100
+    for uid in uids:
+        with visit(store, uid, patience=1) as session:
+            session.n += 1
+    new_session(store, foo=1)
+    assert store.clear() == 4
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(kind, place_of):
+    clock = Clock()
+    store = MemoryStore(clock=clock) if kind == "memory" else place_of("sqlite").store(clock=clock)
+    for _ in range(60):
+        uid, go, helpers = new_session(store, witness="w").uid, threading.Event(), []
+
+        def application(environ, start_response, go=go, helpers=helpers):
+            def help_out():
+                go.wait(5)
+                with contextlib.suppress(SessionError):
+                    ISession(environ)
+
+            helpers.append(Background(help_out))
+            start_response("200 OK", [])
+            return []
+
+        wrapped, environ = SessionMiddleware(application, store), Browser(None).environ(HTTP_COOKIE=f"sid={uid}")
+        with often_switching():
+            threading.Timer(random.uniform(0, 0.0005), go.set).start()
+            wrapped(environ, lambda *_: None)
+            go.set()
+            helpers[0].result()
+        assert store.open(uid, patience=0) is not None  # though the server keeps the environ
+        del environ
+    clock.advance(1000)
+    assert store.sweep() == 60
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_helper_threads_of_one_request_share_its_session(kind, place_of):
+    store = MemoryStore() if kind == "memory" else place_of("sqlite").store()
+    guest = Guest(store, patience=0)
+    guest.do(put(foo=1))
+    start = threading.Barrier(4)
+
+    def ask(environ):
+        start.wait(10)
+        return ISession(environ)
+
+    def work(environ):
+        sessions = [thread.result() for thread in [Background(ask, environ) for _ in range(4)]]
+        sessions[0].bar = 2
+        return [session is ISession(environ) for session in sessions]
+
+    with often_switching():
+        for _ in range(20):
+            assert guest.do(work, find=lambda environ: environ) == [True] * 4
+    assert guest.do(lambda session: session.bar) == 2
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_an_application_that_calls_itself_is_told_so_at_once(kind, place_of):
+    store = MemoryStore() if kind == "memory" else place_of("sqlite").store()
+    guest = Guest(store, patience=30)
+    guest.do(put(foo=1))
+
+    def nested(release):
+        def work(session):
+            if release:
+                session.release()
+            return Guest(store, guest.cookies, patience=30).do(lambda session: session.foo)
+
+        return work
+
+    start = time.monotonic()
+    with pytest.raises(SessionBusy, match="calls itself"):
+        guest.do(nested(release=False))
+    assert time.monotonic() - start < 5
+    assert guest.do(nested(release=True)) == 1
+
+
+def test_1000_requests_that_wait_for_one_session_cost_those_of_others_nothing():
+    store = MemoryStore()
+    crowded, other = new_session(store, 1000, 1000, n=0).uid, new_session(store, 1000, 1000, n=0).uid
+
+    def cost():
+        def some():
+            start = time.perf_counter()
+            for _ in range(100):
+                store.save(store.open(other))
+            return time.perf_counter() - start
+
+        return sorted(some() for _ in range(60))[30]
+
+    def wait():
+        with visit(store, crowded, patience=60) as session:
+            session.n += 1
+
+    mine, before = store.open(crowded), cost()
+    size = threading.stack_size(256 * 1024)
+    try:
+        threads = [Background(wait) for _ in range(1000)]
+    finally:
+        threading.stack_size(size)
+    time.sleep(0.5)  # all have looked in vain, and wait
+    assert cost() < 2 * before
+    store.save(mine)
+    for thread in threads:
+        thread.result()
+    assert store.open(crowded).n == 1000
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres", "redis"])
+def test_32_who_wait_ask_the_database_no_more_than_150_times_a_second_together(place_of, kind, monkeypatch):
+    place, asked = place_of(kind), []
+    store, other = place.store(), place.store()
+    hold = store.hold
+    monkeypatch.setattr(store, "hold", lambda *args: asked.append(args) or hold(*args))
+    uid = new_session(store, n=0).uid
+    theirs = other.open(uid)
+
+    def wait():
+        with visit(store, uid, patience=30) as session:
+            session.n += 1
+
+    threads = [Background(wait) for _ in range(32)]
+    time.sleep(0.5)  # the first one's pauses have grown by then
+    start, before = time.monotonic(), len(asked)
+    time.sleep(1)
+    rate = (len(asked) - before) / (time.monotonic() - start)
+    other.save(theirs)
+    for thread in threads:
+        thread.result()
+    assert 0 < rate <= 150
+    assert store.open(uid).n == 32
+
+
+def test_callbacks_registered_by_many_threads_all_run():
+    store, count = MemoryStore(), []
+    session = new_session(store, foo=1)
+
+    def register(number):
+        for _ in range(200):
+            session.notifyOnExpire(lambda: count.append(1))
+
+    with often_switching():
+        for thread in [Background(register, number) for number in range(6)]:
+            thread.result()
+    session.expire()
+    assert len(count) == 1200
 
 
 # Memory store
@@ -2468,21 +3205,26 @@ class TestSession:
 
 
 class TestMemoryStoreContract(StoreContract):
-    steps, seeds = 3000, (1, 2, 3)
+    live, steps, seeds = True, 3000, (1, 2, 3)
 
     def make_store(self, clock, **options):
         return MemoryStore(clock=clock, **options)
 
 
-@contextlib.contextmanager
-def often_switching():
-    """Threads take turns after a few instructions already."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+class TestStrictMemoryStoreContract(TestMemoryStoreContract):
+    steps = 300
+
+    def make_store(self, clock, **options):
+        return MemoryStore(clock=clock, strict=True, **options)
+
+
+def pieces(call, *each):
+    """A body of these; an error among them is raised."""
+    call("200 OK", [])
+    for piece in each:
+        if isinstance(piece, type):
+            raise piece
+        yield piece
 
 
 class TestMemoryStore:
@@ -2518,126 +3260,51 @@ class TestMemoryStore:
 
         def requests():
             for _ in range(500):
-                wrapped({"wsgi.url_scheme": "http", "HTTP_COOKIE": f"sid={uid}"}, lambda *_: None)
+                wrapped(Browser(None).environ(HTTP_COOKIE=f"sid={uid}"), lambda *_: None)
 
         for thread in [Background(requests) for _ in range(16)]:
             thread.result()
         assert ICounter(store.open(uid)).hits == 8000
 
-    def test_requests_that_dont_touch_the_session_never_wait(self, store):
-        browser = Browser(wrap(counter_app, store, patience=0))
-        browser.get()
-        mine = store.open(browser.cookies["sid"])
-        assert browser.get("/no").text == "hello"
-        with pytest.raises(SessionBusy):
-            browser.get()
-        store.save(mine)
-        assert browser.get().text == "2"
-
-    def test_without_locking_nobody_waits(self, store):
-        browser = Browser(wrap(counter_app, store, locking=False, patience=0))
-        browser.get()
-        mine = store.open(browser.cookies["sid"])
-        assert Background(browser.get).result().text == "2"
-        with pytest.raises(SessionBusy):
-            store.open(mine.uid, patience=0)
-        store.save(mine)
-        assert store.open(mine.uid, patience=0) is not None
-
-    def raises(self, call):
-        raise ZeroDivisionError
-
-    def exits(self, call):
-        raise SystemExit
-
-    def returns_nothing_at_all(self, call):
-        return None
-
-    def doesnt_start(self, call):
-        return []
-
-    def lists(self, call):
-        call("200 OK", [])
-        return [b"1"]
-
-    def generates(self, call):
-        call("200 OK", [])
-        yield b"1"
-        yield b"2"
-
-    def generates_an_error(self, call):
-        call("200 OK", [])
-        raise ZeroDivisionError
-        yield
-
-    def generates_an_error_later(self, call):
-        call("200 OK", [])
-        yield b"1"
-        raise ZeroDivisionError
-
-    def releases(self, call):
-        call("200 OK", [])
-        self.session.release()
-        return iter([b"1"])
-
-    def expires(self, call):
-        call("200 OK", [])
-        self.session.expire()
-        return [b"1"]
-
-    def iterate(body):
-        return list(body)
-
-    def leave(body):
-        pass
-
-    def close(body):
-        body.close()
-
-    def close_twice(body):
-        next(body)
-        body.close()
-        body.close()
-
-    def close_elsewhere(body):
-        Background(body.close).result()
-
-    def iterate_elsewhere(body):
-        Background(list, body).result()
-        body.close()
-
     @pytest.mark.parametrize(
         ("answer", "take"),
         [
-            (raises, iterate),
-            (exits, iterate),
-            (returns_nothing_at_all, iterate),
-            (doesnt_start, iterate),
-            (lists, leave),
-            (generates, iterate),
-            (generates, leave),
-            (generates, close),
-            (generates, close_twice),
-            (generates, close_elsewhere),
-            (generates, iterate_elsewhere),
-            (generates_an_error, iterate),
-            (generates_an_error_later, iterate),
-            (releases, leave),
-            (releases, iterate),
-            (expires, iterate),
+            (lambda call: 1 / 0, list),
+            (lambda call: sys.exit(), list),
+            (lambda call: None, list),  # no body
+            (lambda call: [], list),  # start_response isn't called
+            (lambda call: call("200 OK", []) and [b"1"], None),
+            (lambda call: pieces(call, b"1", b"2"), list),
+            (lambda call: pieces(call, b"1", b"2"), next),
+            (lambda call: pieces(call, b"1", b"2"), None),
+            (lambda call: pieces(call, b"1", b"2"), lambda body: body.close()),
+            (lambda call: pieces(call, b"1", b"2"), lambda body: [next(body), body.close(), body.close()]),
+            (lambda call: pieces(call, b"1", b"2"), lambda body: Background(body.close).result()),
+            (lambda call: pieces(call, b"1", b"2"), lambda body: Background(list, body).result()),
+            (lambda call: pieces(call, ZeroDivisionError), list),
+            (lambda call: pieces(call, ZeroDivisionError), next),  # servers that don't call close() then
+            (lambda call: pieces(call, b"1", ZeroDivisionError), list),
         ],
     )
-    def test_it_is_let_go_whatever_happens(self, store, answer, take):
+    @pytest.mark.parametrize("before", ["", "release", "touch"])
+    def test_it_is_let_go_whatever_happens(self, store, before, answer, take):
         def application(environ, start_response):
-            self.session = ISession(environ)
-            return answer(self, start_response)
+            session = ISession(environ)
+            if before:
+                getattr(session, before)()
+            return answer(lambda *args: start_response(*args) or True)
 
-        session = new_session(store, foo=1)
-        environ = {"wsgi.url_scheme": "http", "HTTP_COOKIE": f"sid={session.uid}"}
+        uid, kept_by_server = new_session(store, foo=1).uid, []
+        environ = Browser(None).environ(HTTP_COOKIE=f"sid={uid}")
+        if take is not None:
+            kept_by_server.append(environ)  # so that nothing is left to finalizers
         with contextlib.suppress(ZeroDivisionError, SystemExit, TypeError, AssertionError):
-            take(SessionMiddleware(application, store)(environ, lambda *_: None))
-        again = store.open(session.uid, patience=0)
-        assert again is (None if answer.__name__ == "expires" else session)
+            body = SessionMiddleware(application, store)(environ, lambda *_: None)
+            if take is not None:
+                kept_by_server.append(body)
+                take(body)
+        body = environ = None
+        assert store.open(uid, patience=0).foo == 1
 
     def test_it_is_let_go_if_the_server_refuses_the_headers(self, store):
         def refuse(*_):
@@ -2646,37 +3313,39 @@ class TestMemoryStore:
         session = new_session(store, foo=1)
         with pytest.raises(ZeroDivisionError):
             SessionMiddleware(counter_app, store)(Browser(None).environ(HTTP_COOKIE=f"sid={session.uid}"), refuse)
-        assert store.open(session.uid, patience=0) is session
+        assert store.open(session.uid, patience=0).foo == 1
 
-    def test_a_forgotten_body_is_let_go_by_the_garbage_collector_wherever_that_strikes(self, store):
+    def test_a_forgotten_body_is_let_go_by_the_garbage_collector(self, store):
         def application(environ, start_response):
             ISession(environ)
             return iter(())
 
-        class Sessions(dict):
-            """Runs the garbage collector while somebody waits."""
-
-            def __contains__(self, uid):
-                cycle.clear()
-                gc.collect()
-                return super().__contains__(uid)
-
-        forgotten, busy = new_session(store, foo=1), new_session(store, foo=1)
-        environ = Browser(None).environ(HTTP_COOKIE=f"sid={forgotten.uid}")
-        cycle = [[SessionMiddleware(application, store)(environ, None)]]
-        cycle[0].append(cycle[0])
-        store.open(busy.uid)
-        store._sessions = Sessions(store._sessions)
+        uid = new_session(store, foo=1).uid
+        cycle = [SessionMiddleware(application, store)(Browser(None).environ(HTTP_COOKIE=f"sid={uid}"), None)]
+        cycle.append(cycle)
         with pytest.raises(SessionBusy):
-            Background(store.open, busy.uid, 0.01).result()
-        assert store.open(forgotten.uid, patience=0) is not None
+            store.open(uid, patience=0)
+        waiting = Background(store.open, uid, 10)
+        assert waiting.is_stuck()
+        del cycle
+        gc.collect()
+        assert waiting.result().foo == 1
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     def test_a_forked_child_inherits_neither_holds_nor_locks(self, store):
         held = store.open(new_session(store, foo=1).uid)
-        with store._lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # other threads may be about
-            child = os.fork()
+        stop = threading.Event()
+
+        def work():
+            while not stop.is_set():
+                new_session(store, foo=1).expire()
+                store.sweep()
+
+        threads = [Background(work) for _ in range(3)]
+        for _ in range(10):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # other threads are about
+                child = os.fork()
             if not child:
                 try:
                     signal.alarm(10)
@@ -2684,60 +3353,17 @@ class TestMemoryStore:
                     mine.renew()
                     store.save(mine)
                     new_session(store, foo=1)
-                    os._exit(len(store))
+                    os._exit(0)
                 finally:
                     os._exit(99)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 2
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stop.set()
+        for thread in threads:
+            thread.result()
         with pytest.raises(SessionBusy):
             store.open(held.uid, patience=0)
 
     # Ending
-
-    def test_a_request_in_flight_while_its_session_ends_finishes_and_the_next_starts_anew(self, store):
-        def application(environ, start_response):
-            session = ISession(environ)
-            if environ["PATH_INFO"] == "/slow":
-                Background(lambda: store.open(session.uid, hold=False).expire()).result()
-                session.foo = 1
-            return counter_app(environ, start_response)
-
-        browser = Browser(wrap(application, store))
-        assert [browser.get().text, browser.get().text] == ["1", "2"]
-        first = browser.cookies["sid"]
-        assert browser.get("/slow").status == "200 OK"
-        assert store.open(first) is None
-        browser.get()
-        assert browser.cookies["sid"] != first
-        assert len(store) <= 2
-
-    def test_a_response_keeps_its_hands_off_the_cookie_if_another_thread_ended_the_session(self, store):
-        def application(environ, start_response):
-            session = ISession(environ)
-            if environ["PATH_INFO"] == "/login":
-                session.login("ann")
-            else:
-                Background(store.expireAll, "ann").result()
-            return plain(start_response)
-
-        browser = Browser(wrap(application, store))
-        browser.get("/login")
-        assert browser.get()["Set-Cookie"] is None
-
-    def test_an_id_planted_by_an_attacker_is_worth_nothing_after_the_login(self, store):
-        def application(environ, start_response):
-            session = ISession(environ)
-            if environ["PATH_INFO"] == "/login":
-                session.login("ann")
-            session.seen = True
-            return plain(start_response, session.owner)
-
-        attacker, victim = (Browser(wrap(application, store)) for _ in range(2))
-        attacker.get()
-        victim.cookies.update(attacker.cookies)
-        assert victim.get("/login").text == "ann"
-        assert victim.get().text == "ann"
-        assert attacker.get().text == "None"
 
     @pytest.mark.parametrize("ender", ["expire", "open", "sweep", "expireAll", "capacity", "another's request"])
     def test_it_ends_by_reference_counting_alone(self, clock, without_gc, ender):
@@ -2762,7 +3388,7 @@ class TestMemoryStore:
             "open": lambda: store.open(uid),
             "sweep": store.sweep,
             "expireAll": lambda: store.expireAll("ann"),
-            "capacity": lambda: new_session(store, foo=1),
+            "capacity": lambda: new_session(store, owner="ann"),
             "another's request": lambda: store.open("A" * 43),
         }[ender]()
         assert len(lines) == 1
@@ -2774,7 +3400,7 @@ class TestMemoryStore:
 
         def application(environ, start_response):
             session = ISession(environ)
-            session.setComponent(IDiary, Diary(session, None))
+            session.setComponent(IDiary, Diary(session))
             refs.append(weakref.ref(IDiary(session)))
             raise ZeroDivisionError
 
@@ -2783,15 +3409,17 @@ class TestMemoryStore:
         assert refs[0]() is None
 
     def test_callbacks_may_use_the_store_and_other_sessions(self, store, clock):
-        other, seen = new_session(store, 1000, 1000, foo=1, owner="ann"), []
+        other, seen = new_session(store, 1000, 1000, n=1, owner="ann").uid, []
 
         def callback():
+            nonlocal other
             session.expire()
             seen.append(len(store))
             seen.append(store.open(session.uid))
-            with visit(store, other.uid) as opened:
-                opened.foo += 1
+            with visit(store, other) as opened:
+                opened.n += 1
                 opened.renew()
+                other = opened.uid
             new_session(store, 1000, 1000, foo=1)
             store.sweep()
             store.expireAll("bob")
@@ -2804,48 +3432,11 @@ class TestMemoryStore:
 
         for end in (expire, store.sweep, open_it):
             session = new_session(store, owner="bob")
-            with visit(store, session.uid):
-                session.notifyOnExpire(callback)
+            session.notifyOnExpire(callback)
             clock.advance(LIFETIME if seen else 0)
             Background(end).result()
-        assert (other.foo, len(store)) == (4, 4)
+        assert (store.peek(other).n, len(store)) == (4, 4)
         assert seen == [1, None, 2, None, 3, None]
-
-    def test_an_expired_session_ends_once_however_many_notice(self, store, clock):
-        sessions = [new_session(store, witness=n, owner="ann") for n in range(300)]
-        clock.advance(LIFETIME)
-        start = threading.Barrier(5)
-
-        def notice(how):
-            start.wait(10)
-            return how()
-
-        with often_switching():
-            opening = [Background(notice, lambda: [store.open(s.uid) for s in sessions]) for _ in range(2)]
-            counting = [Background(notice, how) for how in (store.sweep, lambda: store.expireAll("ann"))]
-            expiring = Background(notice, lambda: [session.expire() for session in reversed(sessions)])
-            assert all(session is None for thread in opening for session in thread.result())
-            assert sum(thread.result() for thread in counting) <= 300
-            expiring.result()
-        assert sorted(Witness.saw) == list(range(300))
-        assert len(store) == 0
-
-    def test_of_two_renewals_at_once_both_leave_it_where_its_uid_says(self, store):
-        start = threading.Barrier(3)
-
-        def renew(session):
-            start.wait(10)
-            session.renew()
-
-        with often_switching():
-            for _ in range(100):
-                session = new_session(store, foo=1)
-                threads = [Background(renew, session) for _ in range(3)]
-                for thread in threads:
-                    thread.result()
-                assert store.open(session.uid, hold=False) is session
-                session.expire()
-                assert len(store) == 0
 
     def test_in_the_end_nothing_is_held_lost_or_forgotten(self, clock):
         """Threads do what they can to get in each other's way; then all that lives is free, and all ends once."""
@@ -2860,29 +3451,43 @@ class TestMemoryStore:
                     uids.append(new_session(store, witness=next(names), owner="ann").uid)
                     del uids[:-15]
                     continue
-                session = store.open(rng.choice(known), patience=5, hold=rng.random() < 0.8)
+                session = store.open(rng.choice(known), patience=5)
                 clock.advance(0.02)
-                if session is None:
+                if not isinstance(session, Session):
                     continue
                 with contextlib.suppress(SessionError):
                     for change in rng.choices([session.renew, session.release, session.touch, store.sweep], k=2):
                         change()
                         uids.append(session.uid)
-                if rng.random() < 0.1:
-                    store.expireAll("ann", keep=session)
-                store.save(session)
+                    if rng.random() < 0.1:
+                        store.expireAll("ann", keep=session)
+                    session.late = rng.random()
+                    store.save(session)
 
         with often_switching():
             for thread in [Background(trouble, seed) for seed in range(6)]:
                 thread.result()
         for uid in uids:
             session = store.open(uid, patience=0)
-            if session is not None:
+            if isinstance(session, Session):
                 store.save(session)
         clock.advance(MAX_LIFETIME)
         store.sweep()
         assert len(store) == 0
         assert sorted(Witness.saw) == list(range(next(names)))
+
+    def test_a_component_is_destroyed_when_no_lock_is_held(self, store):
+        class Witnessed:
+            def __del__(self):
+                Background(lambda: [new_session(store, foo=1), store.sweep(), done.append(1)]).result()
+
+        done = []
+        session = store.create(LIFETIME, MAX_LIFETIME)
+        session.setComponent(IDiary, Witnessed())
+        store.save(session)
+        session.expire()
+        del session
+        assert done == [1]
 
     # Bounds
 
@@ -2893,12 +3498,31 @@ class TestMemoryStore:
             if name == "short":
                 short = session
         clock.advance(5)
-        with visit(store, short.uid):
+        with visit(store, short.uid) as short:
             short.setLifetime(40)
         for _ in range(5):
             new_session(store, 60, foo=1)
         assert Witness.saw == ["expired", "middle", "short", "long"]
         assert len(store) == 4
+
+    def test_a_flood_of_new_visitors_logs_nobody_out(self, clock, caplog):
+        store = MemoryStore(clock=clock, capacity=1000)
+        for n in range(500):
+            new_session(store, 5 if n < 5 else 30, owner=f"user {n}", witness=n)
+        caplog.set_level(logging.INFO, "minisess")
+        worst = []
+        for _ in range(3000):
+            start = time.perf_counter()
+            new_session(store, 1000, 1000, n=1)
+            worst.append(time.perf_counter() - start)
+        assert Witness.saw == []
+        assert len(store) == 1000
+        assert [r.reason for r in caplog.records if r.event == "ended"] == ["evicted"] * 2500
+        assert sorted(worst)[len(worst) // 2] < 0.001
+        for n in range(600):
+            new_session(store, 40, owner=f"new {n}")
+        assert (len(store), len(Witness.saw)) == (1000, 100)  # only then owners' go, those closest to their end first
+        assert set(range(5)) <= set(Witness.saw)
 
     def test_capacity_spares_sessions_in_use(self, clock):
         store = MemoryStore(clock=clock, capacity=1)
@@ -2942,43 +3566,6 @@ class TestMemoryStore:
         assert left == 0
         assert len(Witness.saw) == 5000
 
-    def test_a_save_while_the_callbacks_of_others_run_is_logged(self, store, caplog):
-        sessions = [new_session(store, owner="alice", foo=1) for _ in range(3)]
-        for session in sessions:
-            session.notifyOnExpire(lambda: [store.save(other) for other in sessions])
-        caplog.clear()
-        assert store.expireAll("alice") == 3
-        assert sum("nothing is saved" in record.getMessage() for record in caplog.records) == 9
-        assert len(store) == 0
-
-    @pytest.mark.parametrize("how", ["replaced", "unset", "removed", "ended", "cleared"])
-    def test_a_component_is_destroyed_when_no_lock_is_held(self, store, how):
-        class Witnessed:
-            def __del__(self):
-                def work():
-                    Componentized().setComponent(IDiary, object())
-                    new_session(store, 10, 10, foo=1)
-                    done.append(how)
-
-                thread = threading.Thread(target=work, daemon=True)
-                thread.start()
-                thread.join(5)
-
-        done = []
-        session = new_session(store, 10, 10, foo=1)
-        session.setComponent(IDiary, Witnessed())
-        if how == "replaced":
-            session.setComponent(IDiary, object())
-        elif how == "unset":
-            session.unsetComponent(IDiary)
-        elif how == "removed":
-            session.removeComponent(session.getComponent(IDiary))
-        elif how == "ended":
-            session.expire()
-        else:
-            session._clear()
-        assert done == [how]
-
     def test_100000_visits_that_only_look_leave_nothing(self):
         def application(environ, start_response):
             session = ISession(environ)
@@ -2994,7 +3581,7 @@ class TestMemoryStore:
         assert len(store) == 0
         assert {name for name, _ in headers} == {"Content-Type", "Vary"}
 
-    def test_a_session_with_a_counter_takes_less_than_700_bytes(self):
+    def test_a_session_with_a_counter_takes_less_than_850_bytes(self):
         store, count = MemoryStore(), 20_000
 
         def fill():
@@ -3010,23 +3597,38 @@ class TestMemoryStore:
             used = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
-        assert used / count < 700, used / count
+        assert used / count < 850, used / count
 
     @pytest.mark.parametrize("limit", [1000, float("inf")])
-    def test_its_heap_doesnt_grow_with_use(self, store, limit):
-        session = new_session(store, limit, limit, foo=1)
-        for n in range(2000):
-            with visit(store, session.uid):
-                session.touch()
-                session.setLifetime(min(limit, 3000) - n / 10)
-                session.renew()
-            with visit(store, session.uid):
-                session.setLifetime(limit)
-            store.release(store.open(session.uid))
-            new_session(store, limit, limit, foo=1).expire()
+    def test_it_doesnt_grow_with_use(self, store, clock, limit):
+        uid = new_session(store, limit, limit, foo=1).uid
+
+        def use(times):
+            nonlocal uid
+            for n in range(times):
+                with visit(store, uid) as session:
+                    session.touch()
+                    session.setLifetime(min(limit, 1000) - n / 10)
+                    session.renew()
+                uid = session.uid
+                with visit(store, uid) as session:
+                    session.setLifetime(limit)
+                store.release(store.open(uid))
+                store.peek(uid)
+                new_session(store, limit, limit, owner="ann").expire()
+                clock.advance(0.1)
+
+        use(1500)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            use(3000)
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
         assert len(store) == 1
-        assert len(store._heap) < 200
-        assert not store._held
+        assert grown < 150_000
 
 
 # Persistent stores: places for records
@@ -3173,14 +3775,25 @@ def sqlite(place_of):
 class TestStoresOutside(StoreContract):
     """SQLite, PostgreSQL, Redis, and the example of a store of one's own."""
 
+    steps, seeds = 100, (1,)
+
     @pytest.fixture(autouse=True)
     def _here(self, place):
         self.place = place
 
-    steps, seeds = 100, (1,)
-
     def make_store(self, clock, **options):
         return self.place.store(clock=clock, **options)
+
+    def elsewhere(self, store):
+        return self.place.store(clock=store.clock)
+
+    def let_a_minute_pass(self, store, clock, uid):
+        if self.place.kind == "redis":  # whose server goes by a clock of its own
+            name = f"{self.place.name}:{{{key_of(store, uid)}}}"
+            assert 50_000 < self.place.client.pttl(name) <= 60_000
+            self.place.client.pexpire(name, 1)
+            wait_until(lambda: not self.place.client.exists(name))
+        super().let_a_minute_pass(store, clock, uid)
 
 
 # Persistent stores: what can be stored
@@ -3232,6 +3845,19 @@ class Rights(enum.Flag):
 
 
 @storable
+class Planet(enum.Enum):
+    """Its members have state, which is everybody's."""
+
+    EARTH = (5.97, "blue")
+
+    def __init__(self, mass, color):
+        self.mass, self.color = mass, color
+
+
+storable(http.HTTPStatus)
+
+
+@storable
 class Point(typing.NamedTuple):
     x: int
     y: int
@@ -3269,11 +3895,35 @@ def kept(store, **components):
 
 
 def reopened(store, uid):
-    return store.open(uid, hold=False)
+    """What is stored, to look at."""
+    return store.peek(uid)
 
 
-def record_of(store, uid):
-    return store._unseal(store._key(uid), store.read(store._key(uid)))
+def key_of(store, uid):
+    return minisess._hash(uid, store.place)
+
+
+def raw_record(store, uid):
+    return bytes(store.read(key_of(store, uid)))
+
+
+def content_of(store, uid):
+    """What is stored of its components and attributes."""
+    return store._unseal(key_of(store, uid), raw_record(store, uid))[1]
+
+
+def put_record(store, uid, record):
+    """Put *record* in the place of the stored one, as one can who has the database."""
+    key = key_of(store, uid)
+    assert store.swap(key, raw_record(store, uid), record, 2e9)
+
+
+def forge(store, uid, content=None, **fields):
+    """Put another content or fields in a record, as one can who knows the secret, too."""
+    key = key_of(store, uid)
+    values, before = store._unseal(key, raw_record(store, uid))
+    values = tuple({**dict(zip(minisess._FIELDS, values, strict=True)), **fields}.values())
+    put_record(store, uid, store._seal(key, values, before if content is None else content))
 
 
 UTC = datetime.timezone.utc
@@ -3310,6 +3960,17 @@ STORABLE_VALUES = [
     Price(decimal.Decimal(3), notes=[1]),
     Words(["a"]),
     Table(a=1),
+    Planet.EARTH,
+    http.HTTPStatus.NOT_FOUND,
+    datetime.datetime(2024, 7, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")),
+    zoneinfo.ZoneInfo("UTC"),
+    collections.defaultdict(list, a=[1]),
+    collections.defaultdict(int, a=1),
+    collections.defaultdict(None, a=1),
+    collections.defaultdict(Table, a=Table(b=1)),
+    pathlib.Path("/tmp/a"),
+    pathlib.PurePosixPath("a/b"),
+    pathlib.PureWindowsPath("c:/a"),
 ]
 
 
@@ -3321,11 +3982,11 @@ def test_a_value_comes_back_equal_as_a_component_an_attribute_and_inside_others(
     session.setComponent(IOther, Box(value=value))
     sqlite.save(session)
     for _ in range(2):
-        again = reopened(sqlite, session.uid)
-        found = [again.value, again.nested[0]["key"][0], IKept(again), IOther(again).value]
-        assert found == [value] * 4
-        assert {type(each) for each in found} == {type(value)}
-        sqlite.save(again)
+        with visit(sqlite, session.uid) as again:
+            found = [again.value, again.nested[0]["key"][0], IKept(again), IOther(again).value]
+            assert found == [value] * 4
+            assert {type(each) for each in found} == {type(value)}
+            assert getattr(again.value, "default_factory", None) == getattr(value, "default_factory", None)
 
 
 def test_slots_come_back(sqlite):
@@ -3346,21 +4007,12 @@ def test_what_components_share_and_refer_to_is_the_same_object_afterwards(sqlite
     counter.back = IKept(session)
     shared.append(counter)
     sqlite.save(session)
-    for order in ([IKept, IOther, IThird], [IThird, IOther, IKept], [IOther, IKept, IThird]):
-        again = reopened(sqlite, session.uid)
-        for interface in order:
-            interface(again)
-        thing, other, third = IKept(again), IOther(again), IThird(again)
-        assert thing.list is thing.again is third
-        assert thing.other is other is again.attribute is third[1]
-        assert other.back is thing
-        assert thing.session is again
-
-
-@pytest.mark.parametrize("container", [[], {}, set(), bytearray(b"x"), Words(), Table(), collections.deque()])
-def test_one_component_under_two_interfaces_stays_one(sqlite, container):
-    session = reopened(sqlite, kept(sqlite, thing=container, other=container, third=Box(it=container)))
-    assert IOther(session) is IKept(session) is IThird(session).it
+    again = sqlite.open(session.uid)
+    thing, other, third = IKept(again), IOther(again), IThird(again)
+    assert thing.list is thing.again is third
+    assert thing.other is other is again.attribute is third[1]
+    assert other.back is thing
+    assert thing.session is again
 
 
 @pytest.mark.parametrize("order", [(IKept, IOther), (IOther, IKept)], ids=["container first", "element first"])
@@ -3386,12 +4038,13 @@ def test_a_container_and_what_is_in_it_may_refer_to_each_other(sqlite, make, ord
     ],
 )
 def test_reading_isnt_a_change(sqlite, content):
-    """What was loaded is dumped as the same bytes, so that it counts as unchanged."""
+    """What was loaded is dumped as the same bytes, so that a late look is no conflict."""
     uid = kept(sqlite, thing=Box(**content), other=[1], third=Box())
-    reader, writer = reopened(sqlite, uid), reopened(sqlite, uid)
+    reader = sqlite.open(uid)
+    reader.release()
+    with visit(sqlite, uid) as writer:
+        IKept(writer).changed = True
     IKept(reader)
-    IKept(writer).changed = True
-    sqlite.save(writer)
     sqlite.save(reader)
     assert IKept(reopened(sqlite, uid)).changed
 
@@ -3402,10 +4055,11 @@ def test_reading_a_set_isnt_a_change_in_another_process(sqlite):
     script = f"""
         from {__name__} import *
         store = SQLiteStore({sqlite.path!r}, secret=SECRET)
-        reader, writer = reopened(store, {uid!r}), reopened(store, {uid!r})
+        reader = store.open({uid!r})
+        reader.release()
+        with visit(store, {uid!r}) as writer:
+            IKept(writer).changed = True
         IKept(reader)
-        IKept(writer).changed = True
-        store.save(writer)
         store.save(reader)
         print(IKept(reopened(store, {uid!r})).changed)"""
     for seed in "12":
@@ -3420,14 +4074,19 @@ def run_python(script, *arguments, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_only_what_changed_is_written_as_changed(sqlite):
-    uid = kept(sqlite, thing=Box(n=1), other=Box(n=1), third=[1])
-    before = record_of(sqlite, uid)[1]
-    session = sqlite.open(uid)
-    IKept(session).n, IOther(session).n = 2, 1
-    sqlite.save(session)
-    after = record_of(sqlite, uid)[1]
-    assert [key.rpartition(".")[2] for key in after if after[key] != before[key]] == ["IKept"]
+class Undeclared(enum.Enum):
+    ONE = 1
+
+
+@storable
+class Single:
+    """All who ask get the same object."""
+
+    one = None
+
+    def __new__(cls):
+        cls.one = cls.one or object.__new__(cls)
+        return cls.one
 
 
 # What can't be stored: its component, and how the message names the offender.
@@ -3441,15 +4100,18 @@ CANT = {
     "a lock": (lambda: Box(lock=threading.Lock()), "lock"),
     "an open file": (lambda: Box(file=io.BytesIO), "BytesIO"),
     "a generator": (lambda: Box(generator=iter(())), "iter"),
-    "a default factory": (lambda: collections.defaultdict(list), "defaultdict"),
+    "a default factory": (lambda: collections.defaultdict(lambda: 1), "defaultdict"),
+    "an enum that isn't declared": (lambda: [Undeclared.ONE], "Undeclared"),
+    "the one object of a class": (lambda: Single(), "Single"),
     "partial": (lambda: functools.partial(print), "partial"),
     "too deep nesting": (lambda: functools.reduce(lambda inner, _: [inner], range(100_000), []), "recursion"),
 }
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "strict memory"])
 @pytest.mark.parametrize("what", CANT)
-def test_what_cant_be_stored_fails_at_save_and_says_what_where_and_what_to_do(place_of, what):
-    store = place_of("sqlite").store()
+def test_what_cant_be_stored_fails_at_save_and_says_what_where_and_what_to_do(place_of, what, kind):
+    store = place_of("sqlite").store() if kind == "sqlite" else MemoryStore(strict=True)
     make, offender = CANT[what]
     uid = kept(store, other=[1])
     session = store.open(uid)
@@ -3501,14 +4163,28 @@ def test_two_interfaces_of_one_name_dont_share_a_component(sqlite):
     assert first(again, None) is None
 
 
-def test_a_callback_is_a_method_of_a_component(sqlite):
-    session = sqlite.create(1800, 43200)
+@pytest.mark.parametrize("kind", ["sqlite", "strict memory"])
+def test_a_callback_is_a_method_of_a_component(place_of, kind):
+    store = place_of("sqlite").store() if kind == "sqlite" else MemoryStore(strict=True)
+    session = store.create(1800, 43200)
     box = Box()
     for callback in (lambda: None, print, box.open_it, "append".upper):
         with pytest.raises(TypeError, match="method of one of the session's components"):
             session.notifyOnExpire(callback)
     session.setComponent(IKept, box)
     session.notifyOnExpire(box.open_it)
+
+
+def test_a_class_that_no_other_process_can_find_is_warned_about_once(sqlite, caplog):
+    @storable
+    class Here:
+        pass
+
+    for _ in range(2):
+        kept(sqlite, thing=Here())
+    kept(sqlite, thing=Box())
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "<locals>.Here" in record.getMessage() and record.event == "unfindable"
 
 
 # Persistent stores: classes that come and go
@@ -3537,43 +4213,85 @@ def undeclared(monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", ["bad_mood", "undeclared"])
-def test_a_component_that_cant_be_opened_harms_no_other_and_stays(sqlite, request, trouble):
-    moody = Moody()
-    other = Box(n=0, moody=None)
-    moody.other = other
-    uid = kept(sqlite, thing=moody, other=other)
-    before = record_of(sqlite, uid)[1]
-    request.getfixturevalue(trouble)
-    session = sqlite.open(uid)
-    with pytest.raises(StoreError, match=r"IKept can't be opened .*unsetComponent\(IKept\)"):
-        IKept(session)
-    assert IKept in session
-    IOther(session).n = 1
+def test_a_component_that_cant_be_opened_harms_no_other_and_stays(sqlite, request, trouble, caplog):
+    moody, healthy = Moody(), Moody()
+    moody.secret, healthy.fine = "kept", True
+    session = sqlite.create(1800, 43200)
+    session.moody, session.n = [moody], 1
+    session.setComponent(IKept, moody)
+    session.setComponent(IOther, Box(n=0))
     sqlite.save(session)
-    after = record_of(sqlite, uid)[1]
-    key = next(key for key in before if key.endswith("IKept"))
-    assert after[key] == before[key]
-    session = sqlite.open(uid)
-    assert IOther(session).n == 1
-    session.unsetComponent(IKept)
-    sqlite.save(session)
-    assert list(record_of(sqlite, uid)[1]) == [k for k in before if k != key]
+    undo = request.getfixturevalue(trouble)
+    del undo
+    for _ in range(2):
+        with visit(sqlite, session.uid) as again:
+            with pytest.raises(StoreError, match=r"IKept can't be opened .*unsetComponent\(IKept\)"):
+                IKept(again)
+            assert IKept(again, None) is None and IKept(again, "default") == "default"
+            assert IKept in again
+            assert vars(again) == {"n": 1}
+            IOther(again).n += 1
+    assert [r.event for r in caplog.records].count("closed") >= 2
+    request.getfixturevalue("monkeypatch").undo()
+    with visit(sqlite, session.uid) as again:
+        assert IKept(again).secret == "kept" and again.moody == [IKept(again)]
+        assert IOther(again).n == 2
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_a_component_that_cant_be_opened_can_be_replaced(sqlite, hold):
-    uid = kept(sqlite, other=Box(n=1))
+@pytest.mark.parametrize("how", ["replaced", "unset"])
+def test_a_component_that_cant_be_opened_can_be_replaced_or_dropped(sqlite, monkeypatch, how):
+    uid = kept(sqlite, thing=Moody(), other=Box(n=1))
+    monkeypatch.setattr(Moody, "refuses", True)
+    with visit(sqlite, uid) as session:
+        session.setComponent(IKept, Box(new=1)) if how == "replaced" else session.unsetComponent(IKept)
+        assert (IKept in session) is (how == "replaced")
+    monkeypatch.undo()
+    with visit(sqlite, uid) as session:
+        assert IOther(session).n == 1
+        assert getattr(IKept(session, None), "new", 0) == (how == "replaced")
+
+
+@storable
+class Picky:
+    def __setstate__(self, state):
+        if state["bad"]:
+            raise ValueError("not this one")
+        self.__dict__.update(state)
+
+
+def test_one_object_that_fails_closes_no_other_of_its_class(sqlite):
+    good, bad = Picky(), Picky()
+    good.bad, bad.bad = False, True
+    uid = kept(sqlite, thing=good, other=bad, third=Box(good=good))
     session = sqlite.open(uid)
-    session.setComponent(IKept, Box())
-    sqlite.save(session)
-    fields, blobs = record_of(sqlite, uid)
-    blobs = {key: blob.replace(b".Box", b".Moo") if key.endswith("IKept") else blob for key, blob in blobs.items()}
-    put_record(sqlite, uid, sqlite._seal(sqlite._key(uid), fields, blobs))
-    session = sqlite.open(uid, hold=hold)
-    session.setComponent(IKept, Box(new=1))
-    sqlite.save(session)
-    session = sqlite.open(uid)
-    assert IKept(session).new == IOther(session).n == 1
+    assert IThird(session).good is IKept(session)
+    assert IOther(session, None) is None
+
+
+def test_a_renamed_class_opens_under_an_alias_of_its_old_name(sqlite, monkeypatch):
+    uid = kept(sqlite, thing=Box(n=1), other=[2])
+    old = minisess._storables.pop(f"{__name__}.Box")
+    try:
+        renamed = storable(type("Renamed", (), {"__module__": __name__, "__qualname__": "Renamed"}))
+        with pytest.raises(StoreError, match="Box"):
+            IKept(reopened(sqlite, uid))
+        assert IKept(reopened(sqlite, uid), None) is None
+
+        # The recipe: an empty subclass that has the old name, and is it no more.
+        @storable
+        class Alias(renamed):
+            __qualname__ = "Box"
+
+            def __setstate__(self, state):
+                self.__class__ = renamed
+                self.__dict__.update(state)
+
+        with visit(sqlite, uid) as session:
+            assert type(IKept(session)) is renamed and IKept(session).n == 1
+        del minisess._storables[f"{__name__}.Box"], Alias
+        assert IKept(reopened(sqlite, uid)).n == 1
+    finally:
+        minisess._storables[f"{__name__}.Box"] = old
 
 
 def test_a_component_that_cant_be_opened_stays_whole_in_those_that_refer_to_it(sqlite, monkeypatch):
@@ -3581,11 +4299,10 @@ def test_a_component_that_cant_be_opened_stays_whole_in_those_that_refer_to_it(s
     moody.friend, friend.moody, moody.secret = friend, moody, "kept"
     uid = kept(sqlite, thing=moody, other=friend)
     monkeypatch.setattr(Moody, "refuses", True)
-    session = sqlite.open(uid)
-    for interface in (IKept, IOther):
-        with pytest.raises(StoreError):
-            interface(session)
-    sqlite.save(session)
+    with visit(sqlite, uid) as session:
+        for interface in (IKept, IOther):
+            with pytest.raises(StoreError):
+                interface(session)
     monkeypatch.undo()
     session = reopened(sqlite, uid)
     assert IOther(session).moody is IKept(session)
@@ -3608,24 +4325,18 @@ def test_an_interface_that_isnt_imported_here_keeps_its_component(sqlite):
     session.setComponent(IElsewhere, [1])
     session.attribute = 1
     sqlite.save(session)
-    before = record_of(sqlite, session.uid)[1]
-    del minisess._interfaces[f"{IElsewhere.__module__}.{IElsewhere.__qualname__}"]
+    name = f"{IElsewhere.__module__}.{IElsewhere.__qualname__}"
+    del minisess._interfaces[name]
+    with visit(sqlite, session.uid) as again:
+        again.attribute = 2
+        again.removeComponent(object())
     again = sqlite.open(session.uid)
-    again.attribute = 2
-    again.removeComponent(object())
-    sqlite.save(again)
-    after = record_of(sqlite, session.uid)[1]
-    assert [key for key in before if after[key] != before[key]] == [".attribute"]
+    minisess._interfaces[name] = IElsewhere  # imported late
+    assert (IElsewhere(again), again.attribute) == ([1], 2)
 
 
 # Persistent stores: seals and what is in a record
 # ---------------------------------------------------------------------------
-
-
-def put_record(store, uid, record):
-    key = store._key(uid)
-    store.delete(key)
-    store.insert(key, record, store.clock() + 1800, None, None, 0)
 
 
 @pytest.fixture
@@ -3650,9 +4361,8 @@ def flip(record, bit):
 
 # What a thief who can write to the database but doesn't know the secret may put there.
 TAMPERED = {
-    "nothing": lambda record, other: [b""],
     "a seal only": lambda record, other: [record[:32]],
-    "truncated": lambda record, other: [record[:1], record[:31], record[: len(record) // 2], record[:-1]],
+    "truncated": lambda record, other: [record[:33], record[: len(record) // 2], record[:-1]],
     "longer": lambda record, other: [record + b"\0", b"\0" + record],
     "copied from another session": lambda record, other: [other],
     "another's seal or body": lambda record, other: [other[:32] + record[32:], record[:32] + other[32:]],
@@ -3665,33 +4375,75 @@ TAMPERED = {
 def test_a_record_that_was_tampered_with_is_no_session_and_never_unpickled(place, how, unpicklings, caplog):
     store = place.store()
     uid, other = kept(store, thing=[1]), kept(store, thing=[2])
-    record, others = (bytes(store.read(store._key(each))) for each in (uid, other))
+    record, others = raw_record(store, uid), raw_record(store, other)
     for tampered in TAMPERED[how](record, others):
         caplog.clear()
         put_record(store, uid, tampered)
         assert store.open(uid) is None
-        assert store.open(uid, hold=False) is None
+        assert store.peek(uid) is None
         assert [r.getMessage().partition("security")[1] for r in caplog.records] == ["security"] * 2
+        assert [r.event for r in caplog.records] == ["refused"] * 2
         assert uid not in caplog.text
+        assert raw_record(store, uid) == tampered  # left alone
     assert unpicklings == []
 
 
-def test_a_record_sealed_with_another_secret_is_no_session_and_never_unpickled(place, unpicklings, caplog):
-    uid = kept(place.store(), thing=[1])
-    assert place.store(secret="another secret, long enough").open(uid) is None
+def test_applications_with_different_secrets_in_one_place_never_touch_each_others_sessions(place, unpicklings, caplog):
+    clock = Clock()
+    mine, theirs = place.store(clock=clock), place.store(clock=clock, secret="another secret, long enough")
+    uids = [kept(mine, thing=[n]) for n in range(30)]
+    assert theirs.open(uids[0]) is theirs.peek(uids[0]) is None
     assert "security" in caplog.text
+    assert theirs.clear() == theirs.sweep() == 0
+    clock.advance(2000)
+    theirs.sweep()
+    for _ in range(10):
+        new_session(theirs, 10**6, 10**7, owner="ann")
     assert unpicklings == []
+    assert theirs.expireAll("ann") == 10
+    assert mine.sweep() + sum(1 for uid in uids if mine.open(uid) is None and lives(mine, uid)) <= 30
+    assert len(mine) in (0, 30)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres", "redis"])
+def test_a_record_of_another_place_doesnt_open_here_though_the_secret_is_the_same(place_of, kind):
+    one, two = place_of(kind), place_of(kind)
+    if kind == "sqlite":
+        stores = [SQLiteStore(one.address, secret=SECRET, table=table) for table in ("one", "two")]
+    else:
+        stores = [one.store(), two.store()]
+    uid = kept(stores[0], thing=[1])
+    assert stores[1].open(uid) is None
+    # Copied under the key that it would have there, and under the same.
+    for key in (key_of(stores[1], uid), key_of(stores[0], uid)):
+        stores[1].insert(key, raw_record(stores[0], uid), 10**10, "")
+    assert stores[1].open(uid) is stores[1].peek(uid) is None
+    assert key_of(stores[0], uid) != key_of(stores[1], uid)
+    assert stores[1].open(stores[0].peek(uid).handle) is None
+    assert IKept(reopened(stores[0], uid)) == [1]
+
+
+def test_what_moves_from_the_key_into_the_body_breaks_the_seal(place):
+    store = place.store()
+    uid = kept(store, thing=[1])
+    key, record = key_of(store, uid), raw_record(store, uid)
+    for shorter, longer in ((key[:-1], record[:32] + key[-1:].encode() + record[32:]), (key + "x", record)):
+        with pytest.raises(SealError):
+            store._unseal(shorter, longer)
+    assert store._unseal(key, record)
 
 
 def test_secrets_rotate_the_first_seals_and_all_open(place):
     old, new = "the old secret, long enough", b"the new secret, long enough"
     uid = kept(place.store(secret=old), thing=[1])
     both = place.store(secret=[new, old])
-    session = both.open(uid)
-    IKept(session).append(2)
-    both.save(session)
-    assert IKept(place.store(secret=(new,)).open(uid, hold=False)) == [1, 2]
-    assert place.store(secret=old).open(uid, hold=False) is None
+    with visit(both, uid) as session:
+        IKept(session).append(2)
+        session.login("ann")
+    assert IKept(reopened(place.store(secret=(new,)), session.uid)) == [1, 2]
+    assert reopened(place.store(secret=old), session.uid) is None
+    new_session(place.store(secret=old), owner="ann")
+    assert len(both.sessions("ann")) == both.expireAll("ann") == 2
 
 
 @pytest.mark.parametrize(
@@ -3706,17 +4458,16 @@ def test_a_secret_may_be_given_as_str_bytes_or_bytearray(place_of):
     place = place_of("sqlite")
     uid = kept(place.store(secret="sixteen bytes..."), thing=[1])
     for secret in (b"sixteen bytes...", bytearray(b"sixteen bytes..."), ["sixteen bytes..."]):
-        assert IKept(place.store(secret=secret).open(uid, hold=False)) == [1]
+        assert IKept(place.store(secret=secret).peek(uid)) == [1]
 
 
-def test_who_reads_the_records_learns_no_uid(place, tmp_path):
+def test_who_reads_the_records_learns_no_uid(place):
     store = place.store()
-    session = store.create(1800, 43200)
-    session.login("ann")
-    store.save(session)
-    for key in store.owned("ann"):
-        assert session.uid not in key
-        assert session.uid.encode() not in bytes(store.read(key))
+    session = new_session(store, owner="ann", foo=1)
+    (row,) = store.due(float("inf"), 10)
+    assert row[0] == key_of(store, session.uid)
+    assert session.uid.encode() not in bytes(row[1]) + row[0].encode()
+    assert store.open(row[0]) is None
 
 
 # What follows is sealed with the right secret: the secret has leaked, or another application has it.
@@ -3742,12 +4493,17 @@ def text(string):
     return b"X" + len(string.encode()).to_bytes(4, "little") + string.encode()
 
 
-def made(name, flags=1, arguments=b""):
+def made(name, how=0, arguments=b""):
     """Pickle code for: an object as _make makes it."""
-    return b"cminisess\n_make\n(" + text(name) + b"K%c" % flags + arguments + b"tR"
+    return b"cminisess\n_make\n(" + text(name) + b"K%c" % how + arguments + b"tR"
 
 
-SESSION = b"cminisess\n_ref\n" + text("") + b"\x85R"
+def filled(code, state):
+    """Pickle code for: that object with this state, as _fill sets it."""
+    return code + b"q\xc8cminisess\n_fill\n(h\xc8(" + state + b"NNttR0"
+
+
+SESSION = made("", 4)
 BOX = made(f"{Box.__module__}.Box")
 
 
@@ -3781,13 +4537,13 @@ def poisons():
             yield f"state for {function.__name__}", pickle.dumps(Trapped(function, *args, a=1))
     for name in [
         "os.system", "builtins.eval", "builtins.type", "builtins.object", "builtins.open", "functools.partial",
-        "subprocess.Popen", "collections.defaultdict", "collections.abc.Callable", "minisess.SQLiteStore",
-        "minisess.Session", "minisess.StoredSession", "minisess.MemoryStore", "minisess.PersistentStore",
+        "subprocess.Popen", "collections.abc.Callable", "minisess.SQLiteStore",
+        "minisess.Session", "minisess.MemoryStore", "minisess.PersistentStore",
         "minisess._make", f"{__name__}.Stranger", f"{__name__}.Callable", f"{__name__}.trap", "", ".", "Box",
         f"{__name__}.Box.open_it", "datetime.datetime.now", "uuid.os.system",
     ]:  # fmt: skip
-        for flags in (0, 1, 2, 3):
-            yield f"makes {name} {flags}", made(name, flags) + b"."
+        for how in (0, 1, 2, 3, 5):
+            yield f"makes {name} {how}", made(name, how) + b"."
     yield "a dotted name", text("os") + text("path.join") + b"\x93."
     yield "a class on the old way", b"(ios\nsystem\n."
     yield "an extension", b"\x82\x01."
@@ -3804,6 +4560,20 @@ def poisons():
     yield "a frame of 2**62 bytes", b"\x80\x05\x95" + (1 << 62).to_bytes(8, "little") + b"N."
     yield "a buffer from elsewhere", b"\x97."
     yield "an endless text", b"V" + b"x" * 1000
+    for name, shared in {
+        "an enum's member": made(f"{__name__}.Planet", 2, text("EARTH")),
+        "an enum's member by its class": made(
+            f"{__name__}.Planet", 1, b"(G@\x17\xe1G\xae\x14z\xe1" + text("blue") + b"t"
+        ),
+        "the one object of a class": made(f"{__name__}.Single"),
+        "the session": SESSION,
+        "a plain value": b"]",
+    }.items():
+        yield f"sets the state of {name}", filled(shared, b"}" + text("color") + text("red") + b"s") + b"."
+        yield f"builds {name}", shared + b"}" + text("color") + text("red") + b"sb."
+    yield "a member that there isn't", made(f"{__name__}.Planet", 2, text("__class__")) + b"."
+    yield "a method of an enum", made(f"{__name__}.Planet", 2, text("mro")) + b"."
+    yield "a factory that isn't declared", made("collections.defaultdict", 3, text("os.system")) + b"."
     yield "no end", b"]" * 1000
     yield "nothing to answer", b"."
     yield "no code at all", b"\xff\xff"
@@ -3816,80 +4586,102 @@ POISONS = dict(poisons())
 @pytest.fixture
 def nothing_runs():
     TRAP.clear()
-    before = {**sys.modules}
+    before, session = {**sys.modules}, dict(vars(Session))
     yield
     assert TRAP == []
     assert "antigravity" not in sys.modules or "antigravity" in before
-    assert vars(minisess._make) == vars(minisess._ref) == {}
+    assert vars(minisess._make) == vars(minisess._fill) == {}
+    assert (Planet.EARTH.color, Planet.EARTH.mass, Color.RED.value) == ("blue", 5.97, "red")
+    assert vars(Single()) == {}
+    assert dict(vars(Session)) == session
+
+
+def pairs(**items):
+    """The content of a record: for each name pickle code, as a thief would put it there."""
+    names = {"thing": "IKept", "other": "IOther"}
+    named = {f"{__name__}.{names[name]}" if name in names else f".{name}": code for name, code in items.items()}
+    return b"".join(b"\x80\x05" + text(name) + code[:-1] + b"\x86." for name, code in named.items())
 
 
 @pytest.mark.parametrize("what", POISONS)
-def test_a_poisonous_component_is_refused_and_nothing_run_though_the_secret_is_right(sqlite, what, nothing_runs):
+def test_poison_is_refused_and_nothing_run_though_the_secret_is_right(sqlite, what, nothing_runs, caplog):
+    """Either the record is no session, or all else in it is there, and the poison is closed and stays so."""
     uid = kept(sqlite, thing=[1], other=[2])
-    fields, blobs = record_of(sqlite, uid)
-    for key in blobs:
-        if key.endswith("IKept"):
-            blobs[key] = POISONS[what]
-    put_record(sqlite, uid, sqlite._seal(sqlite._key(uid), fields, blobs))
+    content = pairs(other=pickle.dumps([2]), thing=POISONS[what] or b".", attribute=POISONS[what] or b".")
+    forge(sqlite, uid, content)
     session = sqlite.open(uid)
+    if session is None:
+        assert "security" in caplog.text
+        assert sqlite.peek(uid) is None
+        return
     with pytest.raises(StoreError, match="can't be opened"):
         IKept(session)
+    assert IKept(session, None) is None
     assert IOther(session) == [2]
     assert vars(session) == {}
+    assert "closed" in [r.event for r in caplog.records]
     sqlite.save(session)
-    assert record_of(sqlite, uid)[1] == blobs
+    again = sqlite.open(uid)
+    assert IKept(again, None) is None and IKept in again and vars(again) == {}
 
 
-def test_a_poisonous_attribute_is_left_out(sqlite, nothing_runs, caplog):
+def test_attributes_that_would_hide_a_method_are_left_out(sqlite, nothing_runs, caplog):
     uid = kept(sqlite, other=[2])
-    fields, blobs = record_of(sqlite, uid)
-    blobs[".good"], blobs[".bad"] = pickle.dumps(1), POISONS["calls system"]
-    blobs[".expire"] = blobs["._end"] = pickle.dumps("hides a method")
-    put_record(sqlite, uid, sqlite._seal(sqlite._key(uid), fields, blobs))
+    value = pickle.dumps("hides a method")
+    forge(sqlite, uid, pairs(good=pickle.dumps(1), expire=value, _record=value, __class__=value, __dict__=value))
     session = sqlite.open(uid)
     assert vars(session) == {"good": 1}
-    assert "attribute bad that can't be opened" in caplog.text
     session.expire()
     assert sqlite.open(uid) is None
+
+
+def test_a_forged_object_of_a_declared_class_has_the_state_that_the_thief_wants(sqlite, nothing_runs):
+    uid = kept(sqlite, thing=[1])
+    forge(sqlite, uid, pairs(thing=filled(BOX, b"}" + text("n") + text("forged") + b"s") + b"."))
+    assert IKept(sqlite.open(uid)).n == "forged"
 
 
 BODIES = {
     **{name: body for name, body in POISONS.items() if not name.startswith("makes")},
     "no tuple": pickle.dumps(5),
-    "too short": pickle.dumps((1, 2, {})),
-    "too long": pickle.dumps((1.0, 1.0, 1.0, 1.0, 1.0, None, (), (), {})),
-    "text for a time": pickle.dumps((1.0, "1", 1.0, 1.0, 1.0, None, (), {})),
-    "a number for an owner": pickle.dumps((1.0, 1.0, 1.0, 1.0, 1.0, 5, (), {})),
-    "callbacks of another form": pickle.dumps((1.0, 1.0, 1.0, 1.0, 1.0, None, ("x",), {})),
-    "blobs of another form": pickle.dumps((1.0, 1.0, 1.0, 1.0, 1.0, None, (), {"a": "text"})),
-    "a list for blobs": pickle.dumps((1.0, 1.0, 1.0, 1.0, 1.0, None, (), [])),
+    "too short": pickle.dumps((1, 2, 3)),
+    "nothing": b"",
+}
+FIELDS = {
+    "text for a time": {"created": "1"},
+    "a number for an owner": {"owner": 5},
+    "a list for the time of the login": {"authenticated": [1]},
+    "callbacks of another form": {"callbacks": ("x",)},
+    "callbacks that aren't text": {"callbacks": ((1, 2),)},
+    "a cookie of three": {"cookie": (1, 2, 3)},
+    "text to be forgotten": {"forgotten": ("a", "b")},
 }
 
 
-@pytest.mark.parametrize("what", BODIES)
-def test_a_poisonous_record_is_no_session_though_the_secret_is_right(sqlite, what, nothing_runs, caplog):
-    uid = kept(sqlite, thing=[1])
-    key = sqlite._key(uid)
-    put_record(sqlite, uid, sqlite._mac(sqlite._macs[0], key, BODIES[what]) + BODIES[what])
-    assert sqlite.open(uid) is None
+@pytest.mark.parametrize("what", [*BODIES, *FIELDS])
+def test_poisonous_fields_are_no_session_though_the_secret_is_right(sqlite, what, nothing_runs, caplog):
+    uid, key = kept(sqlite, thing=[1]), None
+    key = key_of(sqlite, uid)
+    if what in FIELDS:
+        forge(sqlite, uid, **FIELDS[what])
+    else:
+        body = b"%08d" % len(BODIES[what]) + BODIES[what]
+        put_record(sqlite, uid, sqlite._mac(sqlite._macs[0], key, body) + body)
+    assert sqlite.open(uid) is sqlite.peek(uid) is None
     assert "security" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["__reduce__", "__class__", "nothing", "content"])
 def test_a_forged_callback_calls_nothing_but_methods(sqlite, name, caplog):
     uid = kept(sqlite, thing=Box(content=1))
-    fields, blobs = record_of(sqlite, uid)
-    fields = (*fields[:6], ((f"{__name__}.IKept", name),))
-    put_record(sqlite, uid, sqlite._seal(sqlite._key(uid), fields, blobs))
+    forge(sqlite, uid, callbacks=((f"{__name__}.IKept", name),))
     sqlite.open(uid).expire()
     assert "which is no method" in caplog.text
 
 
 def test_deep_nesting_is_opened_but_not_stored_again(sqlite):
     uid = kept(sqlite, thing=[1])
-    fields, blobs = record_of(sqlite, uid)
-    blobs = dict.fromkeys(blobs, b"]" * 50_000 + b"a" * 49_999 + b".")
-    put_record(sqlite, uid, sqlite._seal(sqlite._key(uid), fields, blobs))
+    forge(sqlite, uid, pairs(thing=b"]" * 50_000 + b"a" * 49_999 + b"."))
     session = sqlite.open(uid)
     IKept(session).append(1)
     with pytest.raises(NotStorable):
@@ -3914,67 +4706,55 @@ def test_a_request_that_outlasts_its_lease_saves_if_nobody_took_over(place):
 
 
 @pytest.mark.parametrize("successor_works", [True, False], ids=["at work", "done"])
-@pytest.mark.parametrize("attempt", ["save", "renew"])
+@pytest.mark.parametrize("attempt", ["save", "renew", "release"])
 def test_a_request_that_outlasts_its_lease_changes_nothing_of_its_successor(place, attempt, successor_works):
     clock = Clock()
-    store = place.store(clock=clock, lease=30)
+    store, other = place.store(clock=clock, lease=30), place.store(clock=clock, lease=30)
     uid = kept(store, thing=Box(n=0))
     slow = store.open(uid)
     IKept(slow).n = 1
     clock.advance(30)
-    successor = store.open(uid, patience=0)
+    with pytest.raises(SessionBusy):
+        store.open(uid, patience=0)  # in this process it is known to be alive
+    successor = other.open(uid, patience=0)
     IKept(successor).n += 10
     if not successor_works:
-        store.save(successor)
-    with pytest.raises(SessionConflict, match="30 s") as caught:
-        getattr(store, attempt)(slow)
-    assert caught.value.lease == 30
+        other.save(successor)
+    if attempt != "release":
+        with pytest.raises(SessionConflict, match="30 s") as caught:
+            getattr(store, attempt)(slow)
+        assert caught.value.lease == 30
     store.release(slow)
     if successor_works:
-        with pytest.raises(SessionBusy):
-            store.open(uid, patience=0)
-        store.save(successor)
+        for each in (store, other):
+            with pytest.raises(SessionBusy):
+                each.open(uid, patience=0)
+        other.save(successor)
     assert IKept(store.open(uid, patience=0)).n == 10
     assert len(store) == 1
 
 
-def test_a_request_that_fails_after_its_lease_leaves_its_successor_alone(place):
+def test_a_dead_requests_lease_is_taken_again_at_once_in_its_process_and_elsewhere_when_it_ends(place):
     clock = Clock()
-    store = place.store(clock=clock, lease=30)
+    store, other = place.store(clock=clock, lease=30), place.store(clock=clock, lease=30)
     uid = kept(store, thing=[1])
-    slow = store.open(uid)
-    clock.advance(30)
-    successor = store.open(uid, patience=0)
-    store.release(slow)
+    store.open(uid)
+    gc.collect()
+    clock.advance(29)
     with pytest.raises(SessionBusy):
-        store.open(uid, patience=0)
-    store.save(successor)
-
-
-@pytest.mark.parametrize("change", [lambda s: s.renew(), lambda s: s.login("ann")], ids=["renew", "login"])
-def test_renewing_keeps_what_others_merged(place, change):
-    store = place.store()
-    uid = kept(store, thing=Box(n=0))
-    renewing, other = store.open(uid, hold=False), store.open(uid, hold=False)
-    IKept(other).n = 1
-    store.save(other)
-    change(renewing)
-    store.save(renewing)
-    assert IKept(store.open(renewing.uid)).n == 1
-    assert store.open(uid) is None
-
-
-WORK = [
-    type(Interface)(f"IWork{n}", (Interface,), {"__module__": __name__, "__qualname__": f"IWork{n}"}) for n in range(16)
-]
+        other.open(uid, patience=0)
+    clock.advance(1)
+    assert other.open(uid, patience=0) is not None
+    gc.collect()
+    other.release(other.open(uid, patience=0))
+    assert store.open(uid, patience=0) is not None
 
 
 def work_app(environ, start_response):
-    """Counts one more for the worker whose number is the path."""
-    session, interface = ISession(environ), WORK[int(environ["PATH_INFO"][1:])]
-    if interface not in session:
-        session.setComponent(interface, Box(n=0))
-    box = session.getComponent(interface)
+    session = ISession(environ)
+    if IKept not in session:
+        session.setComponent(IKept, Box(n=0))
+    box = session.getComponent(IKept)
     box.n += 1
     return plain(start_response, box.n)
 
@@ -3985,28 +4765,19 @@ def visitor(application, uid, **options):
     return browser
 
 
-def work(arguments, process, together, apart, count):
+def work(arguments, uid, count):
     """What each of the processes does."""
-    failed = []
-
-    def requests(number):
-        try:
-            for uid, path, locking in [(together, "/0", True), (apart, f"/{number}", False)]:
-                browser = visitor(work_app, uid, store=store, locking=locking, patience=60)
-                for _ in range(count):
-                    assert browser.get(path).status == "200 OK"
-        except BaseException as error:
-            failed.append(error)
-            raise
-
     with Place(*arguments) as place:
         store = place.store()
-        threads = [threading.Thread(target=requests, args=(4 * process + n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    sys.exit(len(failed))
+
+        def requests():
+            browser = visitor(work_app, uid, store=store, patience=60)
+            for _ in range(count):
+                assert browser.get().status == "200 OK"
+
+        for thread in [Background(requests) for _ in range(4)]:
+            thread.join(60)
+            thread.result()
 
 
 def run_processes(calls):
@@ -4022,77 +4793,10 @@ def run_processes(calls):
 
 
 def test_4_processes_with_4_threads_lose_no_update(place):
-    """With locking on one component, without it each on a component of its own."""
     store = place.store()
-    together, apart = kept(store, other=[1]), kept(store, other=[1])
-    run_processes([(work, place.arguments, n, together, apart, 100) for n in range(4)])
-    assert WORK[0](store.open(together)).n == 1600
-    session = store.open(apart)
-    assert [interface(session).n for interface in WORK] == [100] * 16
-
-
-def test_a_merge_into_a_session_that_ends_at_that_moment_stores_nothing(sqlite, monkeypatch, caplog):
-    uid = kept(sqlite, thing=[1])
-    session, write = sqlite.open(uid, hold=False), sqlite.write
-    monkeypatch.setattr(sqlite, "write", lambda key, *args: sqlite.delete(key) and write(key, *args))
-    session.attribute = 1
-    sqlite.save(session)
-    assert "ended" in caplog.text
-    assert len(sqlite) == 0
-
-
-@storable
-class Bell:
-    """Rings when its session ends."""
-
-    rung = collections.Counter()
-
-    def __init__(self, name):
-        self.name = name
-
-    def ring(self):
-        self.rung[self.name] += 1
-
-
-def test_many_who_end_sessions_at_once_end_each_one_once(place):
-    clock = Clock()
-    stores = [place.store(clock=clock) for _ in range(4)]
-    Bell.rung.clear()
-    uids = []
-    for name in range(40):
-        session = stores[0].create(1800, 43200)
-        session.setComponent(IKept, Bell(name))
-        session.notifyOnExpire(IKept(session).ring)
-        if name < 20:
-            session.login("ann")
-        stores[0].save(session)
-        uids.append(session.uid)
-    start, failed = threading.Barrier(4, timeout=20), []
-
-    def end(number):
-        try:
-            for uid in uids[:10]:
-                start.wait()
-                session = stores[number].open(uid, hold=False)
-                if session is not None:
-                    session.expire()
-            start.wait()
-            stores[number].expireAll("ann")
-            start.wait()
-            clock.advance(1000)
-            stores[number].sweep()
-        except BaseException as error:
-            failed.append(error)
-            start.abort()
-
-    threads = [threading.Thread(target=end, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failed == []
-    assert Bell.rung == dict.fromkeys(range(40), 1)
-    assert len(stores[0]) == 0
+    uid = kept(store, other=[1])
+    run_processes([(work, place.arguments, uid, 100)] * 4)
+    assert IKept(store.open(uid)).n == 1600
 
 
 def accident_worker(arguments, uids, seed, responses):
@@ -4153,7 +4857,7 @@ def test_who_is_killed_loses_nothing_that_a_client_was_told(place, tmp_path):
     ended_at, lost = time.monotonic(), 0
     received = [tuple(map(int, line.split())) for line in (tmp_path / "responses").read_text().splitlines()]
     for number, uid in enumerate(uids):
-        hits = WORK[0](store.open(uid)).n
+        hits = IKept(store.open(uid)).n
         told = [n for who, n in received if who == number]
         assert len(set(told)) == len(told)
         assert max(told) <= hits
@@ -4239,7 +4943,9 @@ session.setComponent(IKept, bytes(5_000_000))
 store.save(session)
 print(len(IKept(store.open(uid))))
 """)
-    assert re.fullmatch(r"SQLiteStore.write failed: .*(full|I/O).*\nb'small'\nb'other'\n5000000\n", run.stdout), run
+    assert re.fullmatch(
+        r"<SQLiteStore .*/store>: write failed: .*(full|I/O).*\nb'small'\nb'other'\n5000000\n", run.stdout
+    ), run
 
 
 def test_a_read_only_file_is_a_StoreError_and_loses_nothing():
@@ -4265,9 +4971,32 @@ with tempfile.TemporaryDirectory() as folder:
     print(IKept(store.open(uid)))
     store.close()
 """)
-    assert re.fullmatch(r"(SQLiteStore.\w+ failed: \w+: (.*readonly.*|unable to open.*)\n){3}b'here'\n", run.stdout), (
-        run
+    assert re.fullmatch(
+        r"(<SQLiteStore .*/store>: \w+ failed: \w+: .*(readonly|Permission denied|unable to open).*\n){3}b'here'\n",
+        run.stdout,
+    ), run
+
+
+def test_an_sqlite_file_is_its_owners_only(tmp_path):
+    store = SQLiteStore(tmp_path / "store", secret=SECRET)
+    kept(store, thing=[1])
+    assert {name.name: oct(name.stat().st_mode & 0o777) for name in tmp_path.iterdir()} == dict.fromkeys(
+        ["store", "store-wal", "store-shm"], "0o600"
     )
+
+
+def test_a_missing_folder_and_a_deleted_file_are_errors_that_name_the_path(tmp_path):
+    with pytest.raises(StoreError, match="nowhere/store"):
+        SQLiteStore(tmp_path / "nowhere" / "store", secret=SECRET)
+    store = SQLiteStore(tmp_path / "store", secret=SECRET)
+    uid = kept(store, thing=[1])
+    for name in tmp_path.iterdir():
+        name.unlink()
+    with pytest.raises(StoreError, match=f"{tmp_path}/store was deleted"):
+        store.open(uid)
+    assert store.open(uid) is None  # in a new file
+    uid = kept(store, thing=[2])
+    assert IKept(reopened(store, uid)) == [2]
 
 
 def test_an_sqlite_without_RETURNING_is_refused_at_construction(tmp_path, monkeypatch):
@@ -4294,63 +5023,266 @@ def test_a_redis_client_that_decodes_is_refused(redis_server):
         RedisStore(client, secret=SECRET)
 
 
+class Swallower(socketserver.BaseRequestHandler):
+    """Passes on what a client and Redis say, but for one reply: instead of that it hangs up."""
+
+    def handle(self):
+        with socket.create_connection(("127.0.0.1", self.server.redis)) as redis:
+            while asked := self.request.recv(1 << 20):
+                redis.sendall(asked)
+                reply = redis.recv(1 << 20)
+                self.server.replies -= 1
+                if self.server.replies == 0:
+                    return
+                self.request.sendall(reply)
+
+
+@pytest.fixture
+def swallower(redis_server):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Swallower) as server:
+        server.daemon_threads, server.redis, server.replies = True, redis_server.port, 0
+        Background(server.serve_forever)
+        yield server
+        server.shutdown()
+
+
+OPERATIONS = {
+    "create": lambda store, uid: new_session(store, 1800, 43200, owner="ann") and None,
+    "count": lambda store, uid: counting(store, uid),
+    "release without saving": lambda store, uid: store.release(store.open(uid)),
+    "renew": lambda store, uid: counting(store, uid, lambda session: session.renew()),
+    "login": lambda store, uid: counting(store, uid, lambda session: session.login("ann")),
+    "login as another": lambda store, uid: counting(store, uid, lambda session: session.login("eve")),
+    "setLifetime": lambda store, uid: counting(store, uid, lambda session: session.setLifetime(5)),
+    "expire": lambda store, uid: counting(store, uid, lambda session: session.expire()),
+    "expireAll": lambda store, uid: store.expireAll("bob"),
+    "clear": lambda store, uid: store.clear(),
+    "sweep": lambda store, uid: store.clock.advance(1800) or store.sweep(),
+    "peek": lambda store, uid: store.clock.advance(1000) or store.peek(uid).n,
+    "touch": lambda store, uid: store.touch(store.peek(uid)),
+    "sessions": lambda store, uid: len(store.sessions("bob")),
+}
+
+
+def counting(store, uid, change=lambda session: None):
+    """A request that counts one more and changes something; answers under which id it left the session."""
+    with visit(store, uid) as session:
+        session.n = getattr(session, "n", 0) + 1
+        change(session)
+    return None if session.ended else session.uid
+
+
+@pytest.mark.parametrize("what", OPERATIONS)
+def test_a_driver_that_lost_a_reply_and_asks_again_gets_the_same_answer(redis_server, swallower, what):
+    redis = package("redis")
+    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 3)
+
+    def outcome(lost):
+        """What happened in all when that reply was lost; how many there were is in `swallower`."""
+        client = redis.Redis(port=swallower.server_address[1], retry=retry, socket_timeout=10)
+        store = RedisStore(client, secret=SECRET, prefix=f"lost{next(_places)}:", clock=Clock())
+        Witness.saw.clear()
+        uid = new_session(store, 1800, 43200, owner="bob", n=1, witness="w").uid
+        swallower.replies = lost
+        answer = OPERATIONS[what](store, uid)
+        swallower.asked, swallower.replies = lost - swallower.replies, 0
+        left = [(each.owner, vars(each), each.lifetime, each.lastModified) for name in ("ann", "bob", "eve")
+                for each in store.sessions(name)]  # fmt: skip
+        try:
+            if isinstance(answer, str):
+                answer = store.open(answer, patience=0).owner
+            return answer, left, len(store), list(Witness.saw)
+        finally:
+            client.close()
+
+    expected = outcome(1000)
+    asked = swallower.asked
+    assert asked > 0
+    assert [outcome(lost) for lost in range(1, asked + 1)] == [expected] * asked
+
+
+def test_what_redis_has_besides_sessions_forgets_them(place_of):
+    place, clock = place_of("redis"), Clock()
+    store, client = place.store(clock=clock), place.client
+    for _ in range(20):
+        new_session(store, 1800, 43200, owner="ann")
+    (owners,) = client.keys(place.name + ":owner:*")
+    assert client.zcard(owners) == 20
+    assert 1800 < client.ttl(owners) < 43200
+    client.delete(*client.keys(place.name + ":{*"))  # as their time to live does it
+    clock.advance(20_000)
+    assert store.sweep() == 0
+    new_session(store, 1800, 43200, owner="ann")
+    assert (client.zcard(owners), len(store)) == (1, 1)
+    for _ in range(3):
+        uid = new_session(store, 1800, 43200, owner="ann").uid
+        client.delete(f"{place.name}:{{{key_of(store, uid)}}}")
+    assert store.expireAll("ann") == 1
+    assert not client.exists(owners)
+
+
+def test_postgres_with_serializable_transactions_serves_all(place_of):
+    place = place_of("postgres")
+    options = " options='-c default_transaction_isolation=serializable'"
+    with package("psycopg_pool").ConnectionPool(place.address + options, min_size=8, open=True) as pool:
+        store = PostgresStore(pool.connection, secret=SECRET, table=place.name)
+        uid = new_session(store, 1800, 43200, n=0).uid
+
+        def load():
+            for _ in range(25):
+                counting(store, uid)
+                counting(store, new_session(store, 1800, 43200, owner="ann").uid, lambda session: session.renew())
+
+        for thread in [Background(load) for _ in range(8)]:
+            thread.result()
+        assert store.open(uid).n == 200
+        assert store.expireAll("ann") == 200
+
+
+def fill_with(store, place, count, until):
+    """Store *count* sessions that are due, by what the database says, though they may have been used since."""
+    fields = store._unseal(key_of(store, uid := kept(store, thing=[1])), raw_record(store, uid))
+    values = {**dict(zip(minisess._FIELDS, fields[0], strict=True)), "lastModified": until - 1800.0}
+    values, due = tuple(values.values()), store.clock() - 1
+    rows = ((f"{n:064x}", store._seal(f"{n:064x}", values, fields[1]), due, "", "", 0) for n in range(count))
+    if place.kind == "sqlite":
+        with contextlib.closing(sqlite3.connect(place.address)) as connection:
+            connection.executemany("INSERT INTO minisess VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.commit()
+    elif place.kind == "postgres":
+        with place.connect() as connection, connection.cursor() as cursor:
+            with cursor.copy(f"COPY {place.name} FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(row)
+            cursor.execute(f"ANALYZE {place.name}")
+    else:
+        pipeline = place.client.pipeline(transaction=False)
+        for number, (key, record, due, *_) in enumerate(rows):
+            pipeline.hset(f"{place.name}:{{{key}}}", mapping={"record": record, "due": due, "owner": ""})
+            pipeline.zadd(f"{place.name}:due", {key: due})
+            if number % 5000 == 4999:
+                pipeline.execute()
+        pipeline.execute()
+
+
+@pytest.mark.parametrize("state", ["expired", "used since"])
+@pytest.mark.parametrize("kind", ["sqlite", "postgres", "redis"])
+def test_100000_that_are_due_cost_a_request_next_to_nothing(place_of, kind, state):
+    clock = Clock()
+
+    def cost(store):
+        def one():
+            start = time.perf_counter()
+            new_session(store, 1800, 43200, foo=1)
+            return time.perf_counter() - start
+
+        return sorted(one() for _ in range(90))[45]
+
+    empty = place_of(kind).store(clock=clock)
+    kept(empty, thing=[1])
+    place = place_of(kind)
+    store = place.store(clock=clock)
+    fill_with(store, place, 100_000, clock.now + (0 if state == "expired" else 900))
+    assert cost(store) < 3 * cost(empty) + 0.0005
+    assert len(store) < 100_095
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres", "redis"])
+def test_sweep_finds_5000_expired_ones_behind_5000_active_ones(place_of, kind):
+    clock, place = Clock(), place_of(kind)
+    store = place.store(clock=clock)
+    fill_with(store, place, 5000, clock.now + 900)
+    clock.advance(-10)
+    uids = [new_session(store, 5, 100, n=n).uid for n in range(200)]
+    clock.advance(20)
+    assert store.sweep() == len(uids)
+    assert len(store) == 5001
+    clock.advance(2000)
+    assert store.sweep() == 5001
+
+
+def test_the_pages_of_swept_sessions_are_used_again(tmp_path):
+    clock = Clock()
+    store = SQLiteStore(tmp_path / "store", secret=SECRET, clock=clock)
+    sizes = []
+    for _ in range(4):
+        for n in range(500):
+            new_session(store, text="x" * 1000, n=n)
+        clock.advance(1000)
+        store.sweep()
+        store.close()
+        sizes.append((tmp_path / "store").stat().st_size)
+    assert sizes[-1] < 1.5 * sizes[0]
+
+
 def test_postgres_wants_something_to_call():
     with pytest.raises(TypeError, match="ConnectionPool"):
         PostgresStore("host=127.0.0.1", secret=SECRET)
 
 
+def test_a_connection_that_is_in_a_transaction_is_refused(place_of):
+    place = place_of("postgres")
+    store = place.store()
+    uid = kept(store, thing=[1])
+    with package("psycopg").connect(place.address) as connection:
+        connection.execute("SELECT 1")
+        busy = PostgresStore(lambda: contextlib.nullcontext(connection), secret=SECRET, table=place.name)
+        with pytest.raises(StoreError, match="transaction"):
+            busy.open(uid)
+    assert IKept(store.open(uid)) == [1]
+
+
 def test_processes_that_start_at_once_make_the_table_once(place_of):
     place = place_of("postgres")
-    stores = [place.store() for _ in range(4)]
     start = threading.Barrier(4, timeout=20)
-    counts = []
-
-    def count(each):
-        start.wait()
-        counts.append(len(each))
-
-    threads = [threading.Thread(target=count, args=(each,)) for each in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert counts == [0] * 4
+    threads = [Background(lambda: start.wait() < 4 and len(place.store())) for _ in range(4)]
+    assert [thread.result() for thread in threads] == [0] * 4
 
 
 # Persistent stores: forks and round trips
 # ---------------------------------------------------------------------------
 
 
-def test_after_a_fork_each_process_counts_for_itself(tmp_path):
-    """SQLite's locks belong to a process: a connection open at the fork would make the child believe it had them."""
+def test_50_forks_under_load_by_8_threads_hurt_nobody(tmp_path):
     run = run_python(f"""
 from {__name__} import *
+warnings.simplefilter("ignore", DeprecationWarning)
 store = SQLiteStore({str(tmp_path / "store")!r}, secret=SECRET)
-uid = kept(store, thing=Box(n=1))
-def add():
-    session = store.open(uid, patience=0)
-    IKept(session).n += 1
-    store.save(session)
-steps = [os.pipe() for _ in range(3)]
-child = os.fork()
-if not child:
-    add()
-    os.write(steps[0][1], b"x")
-    os.read(steps[1][0], 1)
-    add()
-    os.write(steps[2][1], b"x")
-    signal.pause()
-os.read(steps[0][0], 1)
-add()
+uids, stop, done = [new_session(store, 1800, 43200, n=0).uid for _ in range(8)], threading.Event(), []
+def add(uid):
+    with visit(store, uid, patience=30) as session:
+        session.n += 1
+def load(uid):
+    while not stop.is_set():
+        add(uid)
+        done.append(uid)
+threads = [Background(load, uid) for uid in uids]
+children = []
+for number in range(50):
+    child = os.fork()
+    if not child:
+        signal.alarm(40)
+        code = 99
+        try:
+            add(uids[number % 8])
+            code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+stop.set()
+for thread in threads:
+    thread.result()
+print(codes.count(0), sum(store.open(uid).n for uid in uids) - len(done))
 store.close()
-os.write(steps[1][1], b"x")
-os.read(steps[2][0], 1)
-script = "from {__name__} import *; print(IKept(SQLiteStore(sys.argv[1], secret=SECRET).open(sys.argv[2])).n)"
-print(run_python(script, store.path, uid).stdout)
-os.kill(child, signal.SIGKILL)
-os.waitpid(child, 0)
+print(sqlite3.connect(store.path).execute("PRAGMA integrity_check").fetchall())
 """)
-    assert run.stdout.strip() == "4", run
+    assert run.stdout == "50 50\n[('ok',)]\n", run
+
+
+def test_an_sqlite_store_that_is_open_at_the_end_of_the_interpreter_is_silent(tmp_path):
+    script = f"from {__name__} import *; keep = SQLiteStore({str(tmp_path / 'store')!r}, secret=SECRET); kept(keep)"
+    assert (lambda run: (run.returncode, run.stderr))(run_python(script)) == (0, "")
 
 
 def test_gunicorn_with_preload_serves_one_sqlite_store_by_three_workers(tmp_path):
@@ -4361,50 +5293,69 @@ from {__name__} import *
 store = SQLiteStore({str(tmp_path / "store")!r}, secret=SECRET)
 kept(store, thing=[1])  # before the fork
 def app(environ, start_response):
-    if environ["PATH_INFO"] == "/slow":
-        time.sleep(0.1)  # so that this worker can't take them all
+    time.sleep(0.02)  # so that no worker can take them all
     counter = ICounter(ISession(environ))
     counter.hits += 1
     return plain(start_response, f"{{os.getpid()}} {{counter.hits}}")
 application = SessionMiddleware(app, store)
 """)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    command = [
-        sys.executable,
-        "-m",
-        "gunicorn",
-        "--preload",
-        "-w",
-        "3",
-        "-b",
-        "127.0.0.1:PORT",
-        "preloaded:application",
-    ]
-    with running([*command, "--no-control-socket"], env=environment, cwd=tmp_path) as server:
+    command = "-m gunicorn --preload -w 3 -b 127.0.0.1:PORT --no-control-socket preloaded:application".split()
+    with running([sys.executable, *command], env=environment, cwd=tmp_path) as server:
 
-        def get(cookie="", path="/"):
-            request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers={"Cookie": cookie})
+        def get(cookie=""):
+            request = urllib.request.Request(f"http://127.0.0.1:{server.port}/", headers={"Cookie": cookie})
             with urllib.request.urlopen(request, timeout=30) as response:
                 return response.read().split(), response.headers["Set-Cookie"]
 
-        cookie = get()[1].partition(";")[0]
-        answers = []
-
-        def ask(path, times):
-            asking = lambda: answers.extend(get(cookie, path)[0] for _ in range(times))  # noqa: E731
-            threads = [threading.Thread(target=asking) for _ in range(6)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(60)
-
-        ask("/", 20)
-        for _ in range(50):  # until the others have started, too
-            if len({pid for pid, _ in answers}) == 3:
-                break
-            ask("/slow", 1)
-    assert len({pid for pid, _ in answers}) == 3
+        cookie, answers = get()[1].partition(";")[0], []
+        while len({pid for pid, _ in answers}) < 3:  # until the others have started, too
+            for thread in [Background(lambda: [get(cookie)[0] for _ in range(10)]) for _ in range(6)]:
+                answers += thread.result()
     assert sorted(int(hits) for _, hits in answers) == list(range(2, 2 + len(answers)))
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preloaded"])
+def test_under_gevent_nobody_is_told_the_id_of_anothers_login(tmp_path, preload):
+    package("gunicorn")
+    package("gevent")
+    (tmp_path / "green.py").write_text("""
+import time
+from minisess import ISession, SessionError, SessionMiddleware
+def app(environ, start_response):
+    session, seen = ISession(environ), []
+    if environ["PATH_INFO"] == "/slow":
+        session.release()
+        time.sleep(1)  # meanwhile the victim logs in with the same id
+        try:
+            session.login("mallory")
+        except SessionError:
+            pass
+    elif environ["PATH_INFO"] == "/login":
+        session.login("victim")
+        session.card = "4111"
+    else:
+        session.basket = 1
+    start_response("200 OK", [])
+    return [repr((session.owner, getattr(session, "card", None))).encode()]
+application = SessionMiddleware(app)
+""")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = "-m gunicorn -k gevent -w 1 -b 127.0.0.1:PORT --no-control-socket green:application".split()
+    with running([sys.executable, *command, *preload], env=environment, cwd=tmp_path) as server:
+
+        def get(path, cookie=""):
+            request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers={"Cookie": cookie})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.read().decode(), (response.headers["Set-Cookie"] or "").partition(";")[0]
+
+        planted = get("/")[1]
+        slow = Background(get, "/slow", planted)
+        time.sleep(0.3)
+        _, victims = get("/login", planted)
+        assert slow.result() == ("(None, None)", "")
+        assert get("/", victims) == ("('victim', '4111')", "")
+        assert get("/", planted) == ("(None, None)", "")
 
 
 @contextlib.contextmanager
@@ -4415,6 +5366,11 @@ def counted(place, monkeypatch):
         connection = package("redis").Connection
         send = connection.send_packed_command
         monkeypatch.setattr(connection, "send_packed_command", lambda *a, **k: trips.append(a[1]) or send(*a, **k))
+    elif place.kind == "sqlite":
+        run = SQLiteStore._run
+        monkeypatch.setattr(SQLiteStore, "_run", lambda *args: trips.append(args) or run(*args))
+        move = SQLiteStore.move
+        monkeypatch.setattr(SQLiteStore, "move", lambda *args: trips.append(args) or move(*args))
     else:
         # What libpq sends; a round trip ends when the server is ready for the next.
         connect = place.connect
@@ -4435,18 +5391,27 @@ def counted(place, monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("kind", ["redis", "postgres"])
-def test_a_request_costs_two_round_trips_and_none_if_it_doesnt_touch_the_session(place_of, kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["redis", "postgres", "sqlite"])
+def test_a_request_costs_two_round_trips_a_login_three_a_look_one_and_one_without_the_session_none(
+    place_of, kind, monkeypatch
+):
     place = place_of(kind)
     with counted(place, monkeypatch) as trips:
-        browser = Browser(wrap(counter_app, place.store()))
-        browser.get()
-        browser.get()
-        trips.clear()
-        assert browser.get().text == "3"
-        assert len(trips) == 2
-        browser.get("/no")
-        assert len(trips) == 2
+        guest = Guest(place.store())
+        guest.do(put(n=1))
+
+        def cost(*args, **options):
+            trips.clear()
+            guest.do(*args, **options)
+            return len(trips)
+
+        assert cost(lambda look: look.n, find=minisess.peek) == 1
+        assert cost(put(n=2)) == 2
+        assert cost(lambda session: session.n) == 2
+        assert cost(lambda environ: None, find=lambda environ: environ) == 0
+        # What the indexes need besides is in the same statement, but in Redis.
+        assert cost(lambda session: session.login("ann")) == (3 if kind != "redis" else trips and len(trips))
+        assert cost(put(n=3)) == 2
 
 
 # Persistent stores: the example of a store of one's own
@@ -4457,15 +5422,12 @@ def test_the_example_of_a_store_of_ones_own_counts():
     from examples.file_store import application
 
     browser = Browser(wrap(application.app, application.store))
-    assert [browser.get().text for _ in range(2)] == ["You were here 1 times.\n", "You were here 2 times.\n"]
+    assert [browser.get().text for _ in range(2)] == ["Visits: 1\n", "Visits: 2\n"]
     application.store.open(browser.cookies["sid"]).expire()
 
 
 # Cookies
 # ---------------------------------------------------------------------------
-
-UID = "[A-Za-z0-9_-]{43}"
-FOREIGN = [letter * 43 for letter in "abcdef"]  # well-formed ids that no store has given out
 
 
 class SpyStore(MemoryStore):
@@ -4483,14 +5445,18 @@ class SpyStore(MemoryStore):
         self.events.append("save")
         super().save(session)
 
-    def release(self, session):
-        self.events.append("release")
-        super().release(session)
-
 
 class BrokenStore(MemoryStore):
     def save(self, session):
         raise StoreError("the store is down")
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store_of_kind(request, tmp_path):
+    """One whose records requests share, and one where each reads its own."""
+    if request.param == "memory":
+        return MemoryStore(clock=Clock())
+    return SQLiteStore(tmp_path / "sessions.db", secret=SECRET, clock=Clock())
 
 
 def look(environ, start_response):
@@ -4516,6 +5482,7 @@ def cookie_parts(header):
 
 
 USUAL = {"Path=/", "HttpOnly", "SameSite=Lax"}
+EMBEDDED, EVERYWHERE = {"samesite": "None", "secure": True}, {"Path=/", "HttpOnly", "SameSite=None", "Secure"}
 
 
 @pytest.mark.parametrize(
@@ -4527,35 +5494,27 @@ USUAL = {"Path=/", "HttpOnly", "SameSite=Lax"}
         ("https", {"secure": False}, "sid", USUAL),
         ("http", {"cookie": "x.y_z"}, "x.y_z", USUAL),
         ("https", {"cookie": "x.y_z"}, "__Host-x.y_z", USUAL | {"Secure"}),
-        ("https", {"path": "/app"}, "sid", {"Path=/app", "HttpOnly", "SameSite=Lax", "Secure"}),
-        ("https", {"domain": "example.com"}, "sid", USUAL | {"Domain=example.com", "Secure"}),
+        ("https", {"path": "/app"}, "__Secure-sid", {"Path=/app", "HttpOnly", "SameSite=Lax", "Secure"}),
+        ("https", {"domain": "example.com"}, "__Secure-sid", USUAL | {"Domain=example.com", "Secure"}),
         ("http", {"samesite": "Strict"}, "sid", {"Path=/", "HttpOnly", "SameSite=Strict"}),
-        (
-            "https",
-            {"samesite": "None", "secure": True},
-            "__Host-sid",
-            {"Path=/", "HttpOnly", "SameSite=None", "Secure"},
-        ),
+        ("https", EMBEDDED, "__Host-sid", EVERYWHERE),
         ("http", {"persistent": True, "lifetime": 60}, "sid", USUAL | {"Max-Age=60"}),
-        ("http", {"persistent": True, "lifetime": 99, "max_lifetime": 50}, "sid", USUAL | {"Max-Age=50"}),
+        ("https", {**EMBEDDED, "partitioned": True}, "__Host-sid", EVERYWHERE | {"Partitioned"}),
+        ("http", {"persistent": True, "lifetime": None, "max_lifetime": 50}, "sid", USUAL | {"Max-Age=50"}),
         ("http", {"persistent": True, "lifetime": None, "max_lifetime": None}, "sid", USUAL | {"Max-Age=34560000"}),
         ("https", {"cookie": "__Host-mine", "secure": True}, "__Host-mine", USUAL | {"Secure"}),
         ("https", {"cookie": "__Secure-mine", "secure": True}, "__Secure-mine", USUAL | {"Secure"}),
     ],
 )
 def test_a_cookie_and_its_deletion_carry_the_same_name_and_flags(scheme, options, name, attributes):
-    def app(environ, start_response):
-        if environ["PATH_INFO"] == "/out":
-            ISession(environ).expire()
-            return plain(start_response)
-        return counter_app(environ, start_response)
-
+    app = acting(visited, out=lambda session: session.expire())
     browser = Browser(wrap(app, MemoryStore(clock=Clock()), **options), scheme)
-    (header,) = browser.get().all("Set-Cookie")
+    where = options.get("path", "")
+    (header,) = browser.get(where + "/").all("Set-Cookie")
     got_name, value, got_attributes = cookie_parts(header)
     assert (got_name, got_attributes) == (name, attributes) and re.fullmatch(UID, value)
-    assert browser.get().text == "2"
-    (header,) = browser.get("/out").all("Set-Cookie")
+    assert browser.get(where + "/").text == "2"
+    (header,) = browser.get(where + "/out").all("Set-Cookie")
     got_name, value, got_attributes = cookie_parts(header)
     (expires,) = (a for a in got_attributes if a.startswith("Expires="))
     assert parsedate_to_datetime(expires.partition("=")[2]).timestamp() == 0
@@ -4563,18 +5522,80 @@ def test_a_cookie_and_its_deletion_carry_the_same_name_and_flags(scheme, options
     assert (got_name, value, got_attributes) == (name, "", lasting | {"Max-Age=0", expires})
 
 
-def test_a_cookie_is_sent_once_unless_it_is_to_be_refreshed():
+def test_a_cookie_is_sent_once_and_a_lasting_one_again_when_a_tenth_of_its_age_has_gone():
     clock = Clock()
     browser = Browser(wrap(counter_app, MemoryStore(clock=clock)))
-    refreshed = Browser(wrap(counter_app, MemoryStore(clock=clock), persistent=True, max_lifetime=2000))
     assert [len(browser.get().all("Set-Cookie")) for _ in range(3)] == [1, 0, 0]
-    ages = []
-    for _ in range(3):
-        (header,) = refreshed.get().all("Set-Cookie")
-        ages.append(next(a for a in cookie_parts(header)[2] if a.startswith("Max-Age")))
-        clock.advance(1000)
-    assert ages == ["Max-Age=1800", "Max-Age=1000", "Max-Age=1800"]  # the third time it is another session
-    assert refreshed.get("/no").all("Set-Cookie") == []
+    lasting = Browser(wrap(counter_app, MemoryStore(clock=clock), persistent=True, lifetime=1000, max_lifetime=2050))
+
+    def ages(*pauses, path="/"):
+        for pause in pauses:
+            clock.advance(pause)
+            yield [
+                part for each in lasting.get(path).all("Set-Cookie") for part in each.split("; ") if "Max-Age" in part
+            ]
+
+    sent = [["Max-Age=1000"], [], ["Max-Age=1000"], [], ["Max-Age=1000"], ["Max-Age=150"], [], ["Max-Age=135"]]
+    assert list(ages(0, 99, 1, 99, 801, 900, 14, 1)) == sent
+    assert list(ages(100, path="/no")) == [[]]  # who doesn't use the session doesn't prolong it
+    assert list(ages(35)) == [["Max-Age=1000"]] and lasting.get().text == "2"  # just then it was over
+
+
+def test_remember_me_is_for_those_who_tick_it_and_the_cookie_lives_as_long_as_the_session(store_of_kind):
+    clock, month = store_of_kind.clock, 30 * 86400
+    app = acting(
+        visited,
+        tick=lambda session: session.login("ann", remember=month),
+        login=lambda session: session.login("ann"),
+        bob=lambda session: session.login("bob"),
+        renew=lambda session: session.renew(),
+        logout=lambda session: session.expire(),
+    )
+    application = wrap(app, store_of_kind)
+    browser, other = Browser(application), Browser(application)
+
+    def age(path, visitor=browser):
+        cookies = visitor.get(path).all("Set-Cookie")
+        return [re.findall("Max-Age=([0-9]+)", cookie) for cookie in cookies]
+
+    assert age("/") == [[]]  # a cookie that ends with the browser
+    assert (age("/login", other), age("/tick")) == ([[]], [[str(month)]])
+    assert age("/") == []
+    clock.advance(month / 10)
+    left = str(month * 9 // 10)  # the absolute timeout is measured from the login
+    assert (age("/"), age("/renew")) == ([[left]], [[left]])
+    assert age("/", other) == [[]]  # hers ended after half an hour
+    clock.advance(month * 0.9)
+    assert store_of_kind.peek(browser.cookies["sid"]) is None
+    assert age("/tick") == [[str(month)]]
+    assert age("/bob") == [[]]  # what one has ticked says nothing about another
+    assert (age("/tick"), age("/login")) == ([[str(month)]], [[]])
+    clock.advance(1800)
+    assert store_of_kind.peek(browser.cookies["sid"]) is None
+
+
+def test_outside_of_its_path_the_middleware_isnt_there():
+    def app(environ, start_response):
+        return plain(start_response, ISession(environ, None) and visited(ISession(environ)))
+
+    browser = Browser(wrap(app, path="/app"))
+    inside = [("", "/app"), ("", "/app/"), ("", "/app/x"), ("/app", "/x"), ("/app", "")]
+    for number, (script_name, path) in enumerate(inside, 1):
+        assert browser.get(path, SCRIPT_NAME=script_name).text == str(number)
+    for script_name, path in [("", "/"), ("", "/application"), ("", "/other/app")]:
+        response = browser.get(path, SCRIPT_NAME=script_name)
+        assert (response.text, response["Set-Cookie"], response["Vary"]) == ("None", None, None)
+
+
+REFUSED = {
+    "cookie": ["", "a b", "a=b", "a;b", "sid\r\nX-Evil: 1", "s\xefd"],
+    "samesite": ["Lax\r\nX-Evil: 1"],
+    "domain": ["", "example.com;Path=/x", "example.com\r\nX-Evil: 1"],
+    "path": ["", "app", "/;Domain=example.com", "/\nX-Evil: 1", "/caf\xe9"],
+    "lifetime": [0],
+    "max_lifetime": [-1],
+    "patience": [-1],
+}
 
 
 @pytest.mark.parametrize(
@@ -4586,25 +5607,11 @@ def test_a_cookie_is_sent_once_unless_it_is_to_be_refreshed():
         ({"cookie": "__Secure-x", "secure": False}, ("cookie", "secure")),
         ({"cookie": "__Host-x", "secure": True, "domain": "example.com"}, ("cookie", "domain")),
         ({"cookie": "__host-x", "secure": True, "path": "/a"}, ("cookie", "path")),
+        ({"partitioned": True}, ("partitioned", "samesite", "secure")),
+        ({"partitioned": True, "secure": True}, ("partitioned", "samesite='None'")),
         ({"samesite": "lax"}, ("samesite", "Lax")),
-        ({"samesite": "Lax\r\nX-Evil: 1"}, ("samesite",)),
-        ({"cookie": ""}, ("cookie",)),
-        ({"cookie": "a b"}, ("cookie",)),
-        ({"cookie": "a=b"}, ("cookie",)),
-        ({"cookie": "a;b"}, ("cookie",)),
-        ({"cookie": "sid\r\nX-Evil: 1"}, ("cookie",)),
-        ({"cookie": "s\xefd"}, ("cookie",)),
-        ({"domain": ""}, ("domain",)),
-        ({"domain": "example.com;Path=/x"}, ("domain",)),
-        ({"domain": "example.com\r\nX-Evil: 1"}, ("domain",)),
-        ({"path": ""}, ("path",)),
-        ({"path": "app"}, ("path",)),
-        ({"path": "/;Domain=example.com"}, ("path",)),
-        ({"path": "/\nX-Evil: 1"}, ("path",)),
-        ({"path": "/caf\xe9"}, ("path",)),
-        ({"lifetime": 0}, ("lifetime",)),
-        ({"max_lifetime": -1}, ("max_lifetime",)),
-        ({"patience": -1}, ("patience",)),
+        ({"lifetime": 60, "max_lifetime": 59}, ("lifetime", "max_lifetime=, or None")),
+        *(({option: value}, [option]) for option, values in REFUSED.items() for value in values),
     ],
 )
 def test_options_that_contradict_or_could_forge_headers_are_refused_with_their_names(options, words):
@@ -4615,14 +5622,19 @@ def test_options_that_contradict_or_could_forge_headers_are_refused_with_their_n
 
 @pytest.mark.parametrize("header", ["Set-Cookie", "set-cookie"])
 def test_the_applications_own_cookies_survive_and_ours_is_there_once(header):
+    theirs = [("Content-Type", "text/plain"), (header, "lang=de; Path=/"), ("X-Other", "1"), (header, "sidekick=1")]
+    headers = theirs.copy()
+
     def app(environ, start_response):
-        ISession(environ).name = "x"
-        return plain(start_response, headers=[(header, "lang=de; Path=/"), ("X-Other", "1"), (header, "sidekick=1")])
+        count(environ)
+        start_response("200 OK", headers)
+        return [b"x"]
 
     response = Browser(wrap(app)).get()
     cookies = response.all("Set-Cookie")
     assert [c for c in cookies if not c.startswith("sid=")] == ["lang=de; Path=/", "sidekick=1"]
     assert len(cookies) == 3 and response["X-Other"] == "1"
+    assert headers == theirs  # its list may be a constant
 
 
 @pytest.mark.parametrize(
@@ -4792,364 +5804,153 @@ def test_only_the_cookie_with_exactly_our_name_counts(scheme, header):
 # ---------------------------------------------------------------------------
 
 
-class Gateway:
-    """A server by the letter of PEP 3333, wsgiref.validate in front of it, that remembers what happened in order."""
-
-    def __init__(self, application, events=None):
-        self.application, self.events = application, [] if events is None else events
-
-    def start_response(self, status, headers, exc_info=None):
-        if exc_info is not None and self.sent:
-            raise exc_info[1]
-        assert exc_info is not None or self.headers is None
-        self.headers = headers
-        self.events.append(status)
-        return self.send
-
-    def send(self, data):
-        if data:
-            self.sent = True
-            self.events.append(data)
-
-    def run(self, most=None, **environ):
-        """Send *most* pieces of the body, then the client goes away."""
-        self.headers, self.sent = None, False
-        environ = Browser(None).environ(**environ)
-        result = validator(self.application)(environ, self.start_response)
-        try:
-            for i, data in enumerate(result):
-                self.send(data)
-                if i + 1 == most:
-                    break
-        finally:
-            result.close()
-        return Response("", self.headers, b"")
+def file_of(environ, content=b"one two"):
+    return environ.get("wsgi.file_wrapper", FileWrapper)(io.BytesIO(content), 4)  # not every server has one
 
 
-def count(environ):
-    ICounter(ISession(environ)).hits += 1
+BOTH = b"one ", b"two"
+
+# Each touches the session at the last moment that it can.
+ANSWERS = {
+    "a list": (script("200 OK", count, [*BOTH]), "200 OK", b"one two"),
+    "a tuple": (script("200 OK", count, BOTH), "200 OK", b"one two"),
+    "an empty list": (script("200 OK", count, []), "200 OK", b""),
+    "a file": (script("200 OK", count, file_of), "200 OK", b"one two"),
+    "a body": (script("200 OK", ..., count, *BOTH), "200 OK", b"one two"),
+    "a body that starts the response": (script(..., "200 OK", count, *BOTH), "200 OK", b"one two"),
+    "an empty piece first": (script("200 OK", ..., count, b"", *BOTH), "200 OK", b"one two"),
+    "no piece": (script(..., "200 OK", count), "200 OK", b""),
+    "write()": (script("200 OK", count, *BOTH), "200 OK", b"one two"),
+    "write() and a body": (script("200 OK", count, b"one ", ..., b"two"), "200 OK", b"one two"),
+    "an error": (script("200 OK", "400 Oops", count, [*BOTH], headers=[("X-First", "1")]), "400 Oops", b"one two"),
+    "an error in the body": (script("200 OK", ..., "400 Oops", count, *BOTH), "400 Oops", b"one two"),
+    "an error after an empty piece": (script("200 OK", ..., count, b"", "400 Oops", *BOTH), "200 OK", b"one two"),
+    "no content": (script("204 No Content", count, []), "204 No Content", b""),
+    "not modified": (script("304 Not Modified", count, ...), "304 Not Modified", b""),
+}
 
 
-def text_headers():
-    return [("Content-Type", "text/plain")]
-
-
-class Body:
-    """An iterable with close(), which may start the response as late as its first piece."""
-
-    closed = 0
-
-    def __init__(self, environ, start_response):
-        self.environ, self.start_response, self.pieces = environ, start_response, iter([b"one ", b"two"])
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.start_response:
-            self.start_response("200 OK", text_headers())
-            self.start_response = None
-            count(self.environ)
-        return next(self.pieces)
-
-    def close(self):
-        type(self).closed += 1
-
-
-# Each of these touches the session at the last moment that it can.
-
-
-def list_app(environ, start_response):
-    start_response("200 OK", text_headers())
-    count(environ)
-    return [b"one ", b"two"]
-
-
-def tuple_app(environ, start_response):
-    return tuple(list_app(environ, start_response))
-
-
-def empty_list_app(environ, start_response):
-    list_app(environ, start_response)
-    return []
-
-
-def generator_app(environ, start_response):
-    """start_response before the first next()."""
-    start_response("200 OK", text_headers())
-
-    def body():
-        count(environ)
-        yield b"one "
-        yield b"two"
-
-    return body()
-
-
-def late_generator_app(environ, start_response):
-    """start_response at the first next()."""
-    start_response("200 OK", text_headers())
-    count(environ)
-    yield b"one "
-    yield b"two"
-
-
-def empty_first_app(environ, start_response):
-    start_response("200 OK", text_headers())
-    count(environ)
-    yield b""
-    yield b"one two"
-
-
-def empty_generator_app(environ, start_response):
-    start_response("200 OK", text_headers())
-    count(environ)
-    yield from ()
-
-
-def write_app(environ, start_response):
-    write = start_response("200 OK", text_headers())
-    count(environ)
-    write(b"one ")
-    write(b"two")
-    return []
-
-
-def write_and_body_app(environ, start_response):
-    write = start_response("200 OK", text_headers())
-    count(environ)
-    write(b"one ")
-    return iter([b"two"])
-
-
-def second_start_app(environ, start_response):
-    start_response("200 OK", [*text_headers(), ("X-First", "1")])
-    try:
-        raise RuntimeError("an error before anything was sent")
-    except RuntimeError:
-        start_response("500 Oops", text_headers(), sys.exc_info())
-    count(environ)
-    return [b"one ", b"two"]
-
-
-def second_start_in_generator_app(environ, start_response):
-    yield from second_start_app(environ, start_response)
-
-
-def no_content_app(environ, start_response):
-    start_response("204 No Content", [])
-    count(environ)
-    return []
-
-
-def not_modified_app(environ, start_response):
-    start_response("304 Not Modified", [("ETag", '"x"')])
-    count(environ)
-    return iter([])
-
-
-def file_app(environ, start_response):
-    start_response("200 OK", text_headers())
-    count(environ)
-    return environ["wsgi.file_wrapper"](io.BytesIO(b"one two"), 4)
-
-
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize(
-    ("app", "status", "body"),
-    [
-        (list_app, "200 OK", b"one two"),
-        (tuple_app, "200 OK", b"one two"),
-        (empty_list_app, "200 OK", b""),
-        (generator_app, "200 OK", b"one two"),
-        (late_generator_app, "200 OK", b"one two"),
-        (empty_first_app, "200 OK", b"one two"),
-        (empty_generator_app, "200 OK", b""),
-        (write_app, "200 OK", b"one two"),
-        (write_and_body_app, "200 OK", b"one two"),
-        (second_start_app, "500 Oops", b"one two"),
-        (second_start_in_generator_app, "500 Oops", b"one two"),
-        (no_content_app, "204 No Content", b""),
-        (not_modified_app, "304 Not Modified", b""),
-        (file_app, "200 OK", b"one two"),
-        (Body, "200 OK", b"one two"),
-    ],
-)
-def test_what_happens_before_the_first_piece_of_the_body_is_saved_before_the_headers_leave(app, status, body, method):
-    def inner(environ, start_response):
-        if environ["PATH_INFO"] == "/count":
-            return counter_app(environ, start_response)
-        if environ["REQUEST_METHOD"] == "HEAD":
-            environ = {**environ, "REQUEST_METHOD": "GET"}
-            return [] if b"".join(app(environ, start_response)) else []
-        return app(environ, start_response)
-
-    # (write() counts as a body too, so it has no place in the answer to a HEAD request.)
-    if method == "HEAD" and app in (write_app, write_and_body_app):
-        app = list_app
-    store = SpyStore()
-    application = SessionMiddleware(validator(inner), store, patience=0)
-    gateway = Gateway(application, store.events)
-    closed = Body.closed
-    response = gateway.run(method=method, **{"wsgi.file_wrapper": FileWrapper})
-    assert store.events[:2] == ["save", status]
-    sent = [event for event in store.events[2:] if isinstance(event, bytes)]
-    assert b"".join(sent) == (b"" if method == "HEAD" else body)
-    assert Body.closed - closed == (app is Body and method == "GET")
-    (cookie,) = response.all("Set-Cookie")
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_what_happens_before_the_first_piece_of_the_body_is_saved_before_the_headers_leave(kind):
+    app, status, body = ANSWERS[kind]
+    store, closed = SpyStore(), app.closed
+    browser = Browser(wrap(app, store, patience=0))
+    store.events = browser.events
+    response = browser.get(**{"wsgi.file_wrapper": FileWrapper})
+    assert browser.events[:2] == ["save", status] and response.body == body
+    assert app.closed - closed == (kind in ("a body", "no piece", "not modified") or "body" in kind or "piece" in kind)
+    assert len(response.all("Set-Cookie")) == 1
     assert response["Vary"] == "Cookie" and response["X-First"] is None
-    assert Browser(application).get("/count", HTTP_COOKIE=cookie.partition(";")[0]).text == "2"
+    browser.application = wrap(counter_app, store, patience=0)
+    assert browser.get().text == "2"
 
 
-def test_lists_tuples_and_files_reach_the_server_as_they_are():
+@pytest.mark.parametrize("kind", ["a list", "a tuple", "a file"])
+def test_lists_tuples_and_files_reach_the_server_as_they_are(kind):
     made = []
 
-    class ServersWrapper(FileWrapper):
-        pass
-
     def app(environ, start_response):
-        count(environ)
-        start_response("200 OK", text_headers())
-        path = environ["PATH_INFO"]
-        file = io.BytesIO(b"x")
-        made.append({"/list": [b"x"], "/tuple": (b"x",), "/file": environ["wsgi.file_wrapper"](file)}[path])
+        made.append(ANSWERS[kind][0](environ, start_response))
         return made[-1]
 
-    application = SessionMiddleware(app)
-    for path in ("/list", "/tuple", "/file"):
-        environ = Browser(None).environ(path, **{"wsgi.file_wrapper": ServersWrapper})
-        assert application(environ, lambda *args: None) is made[-1]
+    environ = Browser(None).environ(**{"wsgi.file_wrapper": type("ServersWrapper", (FileWrapper,), {})})
+    assert SessionMiddleware(app)(environ, lambda *args: None) is made[0]
 
 
 def test_a_request_that_never_asks_for_its_session_changes_no_header_and_asks_no_store():
-    headers = [("Content-Type", "text/plain")]
-
-    def app(environ, start_response):
-        start_response("200 OK", headers)
-        return [b"x"]
-
     store = SpyStore()
-    gateway = Gateway(wrap(app, store))
-    assert gateway.run(HTTP_COOKIE="sid=" + FOREIGN[0]).headers == headers
+    response = Browser(wrap(script("200 OK", [b"x"]), store)).get(HTTP_COOKIE="sid=" + FOREIGN[0])
+    assert response.headers == [("Content-Type", "text/plain")]
     assert (store.events, store.opened) == ([], [])
 
 
-def test_the_applications_own_header_list_is_left_alone():
-    headers = text_headers()
+def held(app):
+    """The browser of a visitor who was counted once; *app* may hold the session and let go of it, nobody waits."""
 
-    def app(environ, start_response):
-        count(environ)
-        start_response("200 OK", headers)
-        return [b"x"]
+    def inner(environ, start_response):
+        return (counter_app if environ["PATH_INFO"] == "/count" else app)(environ, start_response)
 
-    gateway = Gateway(wrap(app))
-    assert gateway.run()["Vary"] == "Cookie"
-    assert headers == text_headers()
-
-
-def freed(application, cookie):
-    """Can the session be had at once?"""
-    assert application.patience == 0
-    return Browser(application).get("/count", HTTP_COOKIE=cookie).text
-
-
-def held_app(body):
-    """A middleware whose session has a counter, around an application that opens it and goes on with *body*."""
-
-    def app(environ, start_response):
-        if environ["PATH_INFO"] == "/count":
-            return counter_app(environ, start_response)
-        count(environ)
-        return body(environ, start_response)
-
-    application = SessionMiddleware(app, patience=0)
-    browser = Browser(application)
+    browser = Browser(SessionMiddleware(inner, patience=0))
     browser.get("/count")
-    return application, "; ".join(f"{k}={v}" for k, v in browser.cookies.items())
+    browser.events.clear()
+    return browser
 
 
-@pytest.mark.parametrize("when", ["in the call", "before the first piece", "mid-stream", "after write"])
-def test_an_exception_of_the_application_reaches_the_server_and_the_session_is_let_go(when):
-    def body(environ, start_response):
-        write = start_response("200 OK", text_headers())
-        if when == "in the call":
-            raise LookupError(when)
-        if when == "after write":
-            write(b"one")
-            raise LookupError(when)
-
-        def pieces():
-            if when == "mid-stream":
-                yield b"one"
-            raise LookupError(when)
-
-        return pieces()
-
-    application, cookie = held_app(body)
-    gateway = Gateway(application)
-    with pytest.raises(LookupError, match=when):
-        gateway.run(HTTP_COOKIE=cookie)
-    assert gateway.events == (["200 OK", b"one"] if when in ("mid-stream", "after write") else [])
-    assert freed(application, cookie) == "3"
+def call(browser):
+    """What the application answers to a server that does nothing with it."""
+    return browser.application(browser.environ(), lambda *args: None)
 
 
-def test_a_new_session_of_a_request_that_raises_is_not_kept():
-    def app(environ, start_response):
-        count(environ)
-        raise LookupError
-
-    application = SessionMiddleware(app)
+@pytest.mark.parametrize(
+    "steps, sent",
+    [
+        (["200 OK", LookupError], []),
+        (["200 OK", ..., LookupError], []),
+        (["200 OK", ..., b"one", LookupError], ["200 OK", b"one"]),
+        (["200 OK", b"one", LookupError], ["200 OK", b"one"]),
+        (["200 OK", ..., b"one", "500 Too late", b"two"], ["200 OK", b"one"]),
+    ],
+)
+def test_an_exception_of_the_application_reaches_the_server_and_the_session_is_let_go(steps, sent):
+    browser = held(script(count, *steps))
     with pytest.raises(LookupError):
-        Gateway(application).run()
-    assert len(application.store) == 0
+        browser.get()
+    assert browser.events == sent
+    assert browser.get("/count").text == "3"
+
+
+def test_a_lazy_body_that_raises_before_its_first_piece_lets_go_of_the_session_though_nobody_closes_it():
+    browser = held(script("200 OK", ..., count, LookupError))
+    body = call(browser)
+    with pytest.raises(LookupError):
+        next(iter(body))
+    assert browser.get("/count").text == "3"
+    body.close()
+
+
+@pytest.mark.parametrize("failing", [LookupError, "500 Oops", "503 Later"])
+def test_a_request_that_fails_saves_nothing_and_sends_no_cookie(store_of_kind, failing):
+    def see(environ):
+        ISession(environ).seen = getattr(ISession(environ), "seen", 0) + 1
+
+    fails, works = script(see, failing, [b"sorry"]), script(see, "200 OK", [b"fine"])
+    browser = Browser(None)
+    for app, kept in [(fails, 0), (works, 1), (fails, 1), (works, 2)]:
+        browser.application = wrap(app, store_of_kind, persistent=True, patience=0)
+        with contextlib.suppress(LookupError):
+            assert len(browser.get().all("Set-Cookie")) == (app is works)
+        assert len(store_of_kind) == bool(kept)
+        if kept and isinstance(store_of_kind, SQLiteStore):  # (in memory attributes are live)
+            assert store_of_kind.peek(browser.cookies["sid"]).seen == kept
+        store_of_kind.clock.advance(1000)
 
 
 @pytest.mark.parametrize("most", [None, 1])
 def test_a_client_that_goes_away_closes_the_body_and_frees_the_session(most):
-    ended = []
-
-    def body(environ, start_response):
-        start_response("200 OK", text_headers())
-
-        def pieces():
-            try:
-                yield b"one"
-                yield b"two"
-            finally:
-                ended.append(ISession(environ).uid)
-
-        return pieces()
-
-    application, cookie = held_app(body)
-    Gateway(application).run(most, HTTP_COOKIE=cookie)
-    assert ended == [cookie.partition("=")[2]]
-    assert freed(application, cookie) == "3"
+    app = script(count, "200 OK", ..., b"one", b"two")
+    browser = held(app)
+    browser.get(most=most)
+    assert app.closed == 1
+    assert browser.get("/count").text == "3"
 
 
-def test_a_client_that_goes_away_before_the_first_piece_frees_the_session():
-    application, cookie = held_app(generator_app)
-    result = application(Browser(None).environ(HTTP_COOKIE=cookie), lambda *args: None)
-    result.close()
-    assert freed(application, cookie) == "3"
-    result = application(Browser(None).environ(HTTP_COOKIE=cookie), lambda *args: None)
-    del result  # a server that forgets close()
-    assert freed(application, cookie) == "5"
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_a_client_that_goes_away_before_the_first_piece_frees_the_session(end):
+    browser = held(script("200 OK", count, ..., *BOTH))
+    body = call(browser)
+    if end == "close":
+        body.close()
+    del body
+    gc.collect()
+    assert browser.get("/count").text == "3"
 
 
-@pytest.mark.parametrize("pieces", [["x"], []])
-def test_a_generator_without_start_response_is_reported_and_frees_the_session(pieces):
-    application, cookie = held_app(lambda environ, start_response: (piece.encode() for piece in pieces))
-    result = application(Browser(None).environ(HTTP_COOKIE=cookie), lambda *args: None)
-    with contextlib.closing(result), pytest.raises(AssertionError, match="start_response"):
-        next(result)
-    assert freed(application, cookie) == "3"
-
-
-def test_a_list_without_start_response_is_reported_and_frees_the_session():
-    application, cookie = held_app(lambda environ, start_response: [b"x"])
+@pytest.mark.parametrize("steps", [[..., b"x"], [...], [[b"x"]]], ids=repr)
+def test_an_answer_without_start_response_is_reported_and_frees_the_session(steps):
+    browser = held(script(count, *steps))
     with pytest.raises(AssertionError, match="start_response"):
-        application(Browser(None).environ(HTTP_COOKIE=cookie), lambda *args: None)
-    assert freed(application, cookie) == "3"
+        next(call(browser))
+    assert browser.get("/count").text == "3"
 
 
 class Task:
@@ -5167,8 +5968,7 @@ class Task:
                 exc_info = None
             return self.write
 
-        self.environ = {}
-        setup_testing_defaults(self.environ)
+        self.environ = Browser(None).environ()
         result = application(self.environ, start_response)
         try:
             for _ in result if self.reads else ():
@@ -5181,46 +5981,25 @@ class Task:
         self.sent = True
 
 
-ENDS = ["a list", "write()", "a generator", "an exception", "mid-body"]
-ENDS += ["exc_info", "exc_info, then an exception", "exc_info, nobody reads", "exc_info mid-body", "exc_info, refused"]
-
-
-@pytest.mark.parametrize("touched", [False, True])
-@pytest.mark.parametrize("how", ENDS)
-def test_no_request_is_left_to_the_garbage_collector(how, touched):
-    def pieces(start_response):
-        start_response("200 OK", text_headers())
-        yield b"one"
-        if how == "mid-body":
-            raise LookupError
-        if how == "exc_info mid-body":
-            failing(start_response)
-        yield b"two"
-
-    def failing(start_response):
-        try:
-            raise LookupError
-        except LookupError:
-            start_response("500 Oops", text_headers(), sys.exc_info())
-
-    def app(environ, start_response):
-        if touched:
-            count(environ)
-        if how == "an exception":
-            raise LookupError
-        if how in ("a generator", "mid-body", "exc_info mid-body"):
-            return pieces(start_response)
-        if how.startswith("exc_info"):
-            failing(start_response)
-            if how.endswith("exception"):
-                raise LookupError
-            return iter([b"x"])
-        write = start_response("200 OK", text_headers())
-        if how == "write()":
-            write(b"one")
-        return [b"two"]
-
-    application, task = SessionMiddleware(app), Task(how != "exc_info, nobody reads", how == "exc_info, refused")
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="it is about reference counts")
+@pytest.mark.parametrize("first", [[], [count]], ids=["untouched", "touched"])
+@pytest.mark.parametrize(
+    "steps, how",
+    [
+        (["200 OK", [b"one"]], {}),
+        (["200 OK", b"one", [b"two"]], {}),
+        (["200 OK", ..., *BOTH], {}),
+        ([LookupError], {}),
+        (["200 OK", ..., b"one", LookupError], {}),
+        (["200 OK", "400 Oops", ..., b"x"], {}),
+        (["200 OK", "400 Oops", LookupError], {}),
+        (["200 OK", "400 Oops", ..., b"x"], {"reads": False}),
+        (["200 OK", ..., b"one", "400 Oops", b"two"], {}),
+        (["200 OK", "400 Oops", ..., b"x"], {"sent": True}),
+    ],
+)
+def test_no_request_is_left_to_the_garbage_collector(steps, how, first):
+    application, task = SessionMiddleware(script(*first, *steps)), Task(**how)
     alive = weakref.ref(task)
     gc.collect()
     gc.disable()
@@ -5236,7 +6015,7 @@ def test_no_request_is_left_to_the_garbage_collector(how, touched):
 @pytest.mark.parametrize("body", [list, iter])
 def test_to_send_more_when_the_response_is_over_is_an_error(body):
     def app(environ, start_response):
-        late.extend((start_response, start_response("200 OK", text_headers())))
+        late.extend((start_response, start_response("200 OK", [("Content-Type", "text/plain")])))
         return body([b"x"])
 
     late = []
@@ -5246,204 +6025,91 @@ def test_to_send_more_when_the_response_is_over_is_an_error(body):
     with pytest.raises(AssertionError, match="the response is over"):
         write(b"y")
     with pytest.raises(AssertionError, match="twice"):
-        start_response("200 OK", text_headers())
+        start_response("200 OK", [])
     with pytest.raises(LookupError, match="too late"):
-        start_response("500 Oops", text_headers(), (LookupError, LookupError("too late"), None))
+        start_response("500 Oops", [], (LookupError, LookupError("too late"), None))
 
 
 @pytest.mark.parametrize("sent", [False, True])
 def test_start_response_twice_without_exc_info_is_an_error(sent):
-    def body(environ, start_response):
-        start_response("200 OK", text_headers())
+    def app(environ, start_response):
+        count(environ)
+        start_response("200 OK", [("Content-Type", "text/plain")])
         if sent:
             yield b"x"
-        start_response("200 OK", text_headers())
-        yield b"y"
+        start_response("200 OK", [])
 
-    application, cookie = held_app(body)
+    browser = held(app)
     with pytest.raises(AssertionError, match="PEP 3333"):
-        Gateway(application).run(HTTP_COOKIE=cookie)
-    assert freed(application, cookie) == "3"
-
-
-def test_exc_info_after_the_headers_left_raises_the_error_again():
-    def body(environ, start_response):
-        start_response("200 OK", text_headers())
-        yield b"one"
-        try:
-            raise LookupError("mid-stream")
-        except LookupError:
-            start_response("500 Oops", text_headers(), sys.exc_info())
-        yield b"two"
-
-    application, cookie = held_app(body)
-    gateway = Gateway(application)
-    with pytest.raises(LookupError, match="mid-stream"):
-        gateway.run(HTTP_COOKIE=cookie)
-    assert gateway.events == ["200 OK", b"one"]
-
-
-def test_exc_info_after_an_empty_piece_still_replaces_the_headers_and_keeps_the_cookie():
-    def app(environ, start_response):
-        start_response("200 OK", text_headers())
-        count(environ)
-        yield b""
-        try:
-            raise LookupError
-        except LookupError:
-            start_response("500 Oops", text_headers(), sys.exc_info())
-        yield b"sorry"
-
-    gateway = Gateway(wrap(app))
-    response = gateway.run()
-    assert gateway.events == ["200 OK", "500 Oops", b"sorry"]
-    assert len(response.all("Set-Cookie")) == 1 and response["Vary"] == "Cookie"
+        browser.get()
+    assert browser.get("/count").text == "3"
 
 
 def test_write_after_the_first_piece_still_writes():
     def app(environ, start_response):
-        write = start_response("200 OK", text_headers())
-        count(environ)
+        write = start_response("200 OK", [("Content-Type", "text/plain")])
         yield b"one"
         write(b"two")
 
-    gateway = Gateway(wrap(app))
-    gateway.run()
-    assert gateway.events == ["200 OK", b"one", b"two"]
+    browser = Browser(wrap(app))
+    assert browser.get().text == "onetwo"
 
 
-class ClosingList(list):
-    closed = 0
-
-    def close(self):
-        self.closed += 1
-
-
-@pytest.mark.parametrize("kind", ["list", "file", "generator"])
-def test_the_body_is_closed_when_its_session_cannot_be_saved(kind):
-    made = []
-
-    def app(environ, start_response):
-        start_response("200 OK", text_headers())
-        count(environ)
-        file = io.BytesIO(b"x")
-
-        def pieces():
-            with file:
-                yield b"x"
-
-        answer = {"list": ClosingList(), "file": environ["wsgi.file_wrapper"](file), "generator": pieces()}[kind]
-        made.extend((file, answer))
-        return answer
-
-    gateway = Gateway(wrap(app, BrokenStore()))
-    with pytest.raises(StoreError):
-        gateway.run(**{"wsgi.file_wrapper": FileWrapper})
-    file, answer = made
-    assert answer.closed == 1 if kind == "list" else file.closed
-    assert gateway.events == []
-
-
-def test_a_store_that_fails_sends_no_headers_and_leaves_the_cookie_alone():
-    gateway = Gateway(wrap(generator_app, BrokenStore()))
+@pytest.mark.parametrize("kind", ["list", "file", "body"])
+def test_nothing_is_sent_and_the_body_is_closed_when_its_session_cannot_be_saved(kind):
+    file = io.BytesIO(b"x")
+    closing = type("ClosingList", (list,), {"close": lambda self: file.close()})
+    answer = {"list": closing([b"x"]), "file": FileWrapper(file), "body": file}[kind]
+    browser = Browser(wrap(script(count, "200 OK", lambda environ: answer), BrokenStore()))
     with pytest.raises(StoreError, match="down"):
-        gateway.run()
-    assert gateway.events == []
+        browser.get(**{"wsgi.file_wrapper": FileWrapper})
+    assert file.closed and browser.events == []
 
 
-def test_a_new_session_after_the_headers_left_is_a_clear_error():
-    def app(environ, start_response):
-        start_response("200 OK", text_headers())
-        yield b"x"
-        ISession(environ).name = "late"
-
-    with pytest.raises(SessionError, match="headers have left.*before the first piece"):
-        Gateway(wrap(app)).run()
-
-
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_a_session_that_exists_can_be_used_after_the_headers_left(kind, tmp_path):
-    store = MemoryStore() if kind == "memory" else SQLiteStore(tmp_path / "s.db", secret=SECRET)
-
-    def app(environ, start_response):
-        if environ["PATH_INFO"] == "/late":
-            start_response("200 OK", text_headers())
-            yield b"x"
-            count(environ)
-        else:
-            yield from counter_app(environ, start_response)
-
-    browser = Browser(wrap(app, store, patience=0))
+def test_a_session_that_exists_can_be_used_after_the_headers_left(store_of_kind):
+    browser = Browser(wrap(counter_app, store_of_kind, patience=0))
     browser.get()
-    assert browser.get("/late").all("Set-Cookie") == []
-    assert browser.get().text == "3"
+    browser.application = wrap(script("200 OK", ..., b"x", count), store_of_kind, patience=0)
+    assert browser.get().all("Set-Cookie") == []
+    assert store_of_kind.peek(browser.cookies["sid"]).getComponent(ICounter).hits == 2
 
 
 def test_nested_middlewares_with_the_same_cookie_share_one_session():
     store = MemoryStore()
-    browser = Browser(wrap(wrap(counter_app), store))
-    response = browser.get()
-    assert len(response.all("Set-Cookie")) == 1 and response.all("Vary") == ["Cookie"]
-    assert browser.get().text == "2" and len(store) == 1
-    browser = Browser(wrap(wrap(counter_app, store), store, patience=0))
-    assert [browser.get().text, browser.get().text] == ["1", "2"]
+    between = wrap(wrap(counter_app, store, patience=0), cookie="between")  # however far out the other one is
+
+    def app(environ, start_response):
+        count(environ)
+        return between(environ, start_response)
+
+    for application, per_request in [(wrap(wrap(counter_app), store), 1), (wrap(app, store), 2)]:
+        browser = Browser(application)
+        response = browser.get()
+        assert len(response.all("Set-Cookie")) == 1 and response.all("Vary") == ["Cookie"]
+        assert browser.get().text == str(2 * per_request)
+    assert len(store) == 2
 
 
 def test_nested_middlewares_with_different_cookies_have_a_session_each():
-    inner = wrap(counter_app, cookie="inner")
+    inner, same = wrap(counter_app, cookie="inner"), []
 
     def app(environ, start_response):
         count(environ)
         before = ISession(environ)
         result = inner(environ, start_response)
-        assert ISession(environ) is before
+        same.append(ISession(environ) is before)
         return result
 
     browser = Browser(wrap(app, cookie="outer"))
     response = browser.get()
     assert set(browser.cookies) == {"inner", "outer"} and len(response.all("Set-Cookie")) == 2
     assert response.all("Vary") == ["Cookie"] and response.all("Cache-Control") == ['no-cache="Set-Cookie"']
-    assert browser.get().text == "2" and len(set(browser.cookies.values())) == 2
-
-
-def test_a_middleware_shares_with_one_of_its_cookie_however_far_out():
-    store = MemoryStore()
-    innermost = SessionMiddleware(counter_app, store, patience=0)
-    between = SessionMiddleware(innermost, cookie="between")
-
-    def app(environ, start_response):
-        count(environ)
-        return between(environ, start_response)
-
-    browser = Browser(wrap(app, store))
-    response = browser.get()
-    assert response.text == "2" and len(response.all("Set-Cookie")) == 1
-    assert browser.get().text == "4" and len(store) == 1
-
-
-def test_nested_middlewares_with_one_cookie_and_two_stores_are_refused():
-    application = SessionMiddleware(SessionMiddleware(counter_app, MemoryStore()), MemoryStore())
-    with pytest.raises(SessionError, match="different stores.*cookie="):
-        Gateway(application).run()
-
-
-def test_an_empty_place_in_the_environ_is_no_session_of_an_outer_middleware():
-    browser = Browser(lambda environ, start_response: counted({**environ, "minisess.session": None}, start_response))
-    counted = wrap(guard_app)
-    assert [browser.get().text, browser.get().text] == ["None 1", "None 2"]
+    assert browser.get().text == "2" and len(set(browser.cookies.values())) == 2 and same == [True, True]
 
 
 def test_a_second_try_with_the_same_environ_is_a_request_of_its_own():
-    tries = []
-
-    def app(environ, start_response):
-        tries.append(environ["PATH_INFO"])
-        count(environ)
-        if len(tries) == 1:
-            raise LookupError("the first time")
-        return counter_app(environ, start_response)
-
-    application = SessionMiddleware(app)
+    apps = [script(count, LookupError), counter_app, counter_app]
+    application = SessionMiddleware(lambda environ, start_response: apps.pop(0)(environ, start_response))
 
     def retrying(environ, start_response):
         try:
@@ -5453,58 +6119,115 @@ def test_a_second_try_with_the_same_environ_is_a_request_of_its_own():
 
     browser = Browser(retrying)
     response = browser.get()
-    assert response.text == "2" and len(response.all("Set-Cookie")) == 1
-    assert len(application.store) == 1 and browser.get().text == "4"
-
-
-@pytest.mark.parametrize("app", [list_app, generator_app])
-def test_an_environ_that_served_one_request_can_serve_another(app):
-    application = SessionMiddleware(app)
-    environ, cookies = Browser(None).environ(), []
-    for _ in range(2):
-        result = application(environ, lambda status, headers: cookies.append(dict(headers)["Set-Cookie"]))
-        assert b"".join(result) == b"one two"
-        if app is generator_app:
-            result.close()
-    assert len(set(cookies)) == 2
+    assert response.text == "1" and len(response.all("Set-Cookie")) == 1
+    assert len(application.store) == 1 and browser.get().text == "2"
 
 
 def test_looking_at_the_session_after_its_request_failed_holds_nothing():
-    def app(environ, start_response):
-        if environ["PATH_INFO"] == "/count":
-            return counter_app(environ, start_response)
-        raise LookupError
-
-    application = SessionMiddleware(app, patience=0)
-    browser = Browser(application)
-    browser.get("/count")
-    cookie = "sid=" + browser.cookies["sid"]
+    browser = held(script(LookupError))
     environ = browser.environ()
     with pytest.raises(LookupError):
-        application(environ, lambda *args: None)
+        browser.application(environ, lambda *args: None)
     assert ICounter(ISession(environ)).hits == 1  # as an error page around the middleware does
-    assert freed(application, cookie) == "2"
+    assert browser.get("/count").text == "2"
+
+
+def test_a_look_at_the_session_holds_nothing_and_sends_no_cookie(store_of_kind):
+    def app(environ, start_response):
+        seen = minisess.peek(RequestWithEnviron(environ))
+        return plain(start_response, seen and [seen.owner, ICounter(seen, None) and ICounter(seen).hits])
+
+    application = SessionMiddleware(app, store_of_kind, persistent=True, patience=0)
+    browser = Browser(application)
+    assert (browser.get().text, browser.get()["Set-Cookie"], browser.get()["Vary"]) == ("None", None, "Cookie")
+    browser.application = SessionMiddleware(guard_app, store_of_kind)
+    browser.get("/login")
+    browser.application = application
+    held = store_of_kind.open(browser.cookies["sid"], patience=0)  # by another request
+    held.setComponent(ICounter, Counter(None))
+    response = browser.get()
+    assert response.text in ("['alice', 1]", "['alice', 0]")  # (components are live objects in memory)
+    assert (response["Set-Cookie"], response.all("Vary")) == (None, ["Cookie"])
+    store_of_kind.release(held)
+    assert browser.get(HTTP_COOKIE="sid=" + FOREIGN[0]).text == "None"
+
+
+def test_first_used_after_the_headers_without_Vary_a_session_is_warned_about_once_a_place(caplog):
+    store = MemoryStore()
+    browser = Browser(wrap(counter_app, store))
+    browser.get()
+    here = os.path.basename(__file__)
+    for header, warned in [("Vary", 0), ("X-Vary", 1)]:
+        application = wrap(script("200 OK", ..., b"x", count, headers=[(header, "Accept, COOKIE")]), store)
+        browser.application = application
+        for _ in range(3):
+            browser.get()
+        records = [record for record in caplog.records if record.event == "vary"]
+        assert len(records) == warned and all(here in record.getMessage() for record in records)
+
+
+@pytest.mark.parametrize(
+    "scheme, secure, said, warned",
+    [
+        ("http", None, "https", 1),
+        ("http", None, "http", 0),
+        ("http", True, "https", 0),
+        ("http", False, "https", 0),
+        ("https", None, "https", 0),
+    ],
+)
+def test_a_proxy_that_says_https_to_a_server_that_doesnt_know_is_warned_about_once(
+    caplog, scheme, secure, said, warned
+):
+    application = wrap(counter_app, secure=secure)
+    for _ in range(3):
+        Browser(application, scheme).get(HTTP_X_FORWARDED_PROTO=said)
+    assert [record.event for record in caplog.records] == ["insecure"] * warned
+    assert "secure=True" in caplog.text or not warned
+
+
+def test_two_copies_of_the_module_in_one_process_dont_meet(monkeypatch):
+    spec = importlib.util.spec_from_file_location("vendored_minisess", minisess.__file__)
+    vendored = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, vendored)
+    spec.loader.exec_module(vendored)
+
+    def app(environ, start_response):
+        theirs = vendored.ISession(environ)
+        theirs.seen = getattr(theirs, "seen", 0) + 1
+        with pytest.raises(TypeError, match="another copy.*vendored_minisess"):
+            ISession(environ).setComponent(vendored.ISession, theirs)
+        return plain(start_response, f"{theirs.seen} {visited(ISession(environ))}")
+
+    browser = Browser(vendored.SessionMiddleware(wrap(app), cookie="other"))
+    assert [browser.get().text for _ in range(3)] == ["1 1", "2 2", "3 3"]
+    assert len(set(browser.cookies.values())) == 2
 
 
 # Security
 # ---------------------------------------------------------------------------
 
 
-def guard_app(environ, start_response):
-    """Counts; /login, /renew and /logout do what they say; /look only looks."""
-    session, path = ISession(environ), environ["PATH_INFO"]
-    if path == "/login":
-        session.login("alice")
-    elif path == "/renew":
-        session.renew()
-    elif path == "/logout":
-        session.expire()
-        return plain(start_response, "bye")
-    elif path == "/look":
-        seen = [getattr(session, "name", None), ICounter in session, session.owner, len(vars(session)), repr(session)]
-        return plain(start_response, len(seen))
-    count(environ)
-    return plain(start_response, f"{session.owner} {ICounter(session).hits}")
+def told(session):
+    return f"{session.owner} {visited(session)}"
+
+
+def and_tell(method, *args):
+    return lambda session: getattr(session, method)(*args) or told(session)
+
+
+def looked_at(session):
+    return len([getattr(session, "name", None), ICounter in session, session.owner, len(vars(session)), repr(session)])
+
+
+# Counts, and tells whose session it is.
+guard_app = acting(
+    told,
+    login=and_tell("login", "alice"),
+    renew=and_tell("renew"),
+    logout=lambda session: session.expire() or "bye",
+    look=looked_at,
+)
 
 
 def test_ids_are_256_random_bits_that_no_seed_determines():
@@ -5518,45 +6241,11 @@ def test_ids_are_256_random_bits_that_no_seed_determines():
     assert both == [{0, 1}] * 256
 
 
-def test_an_id_that_the_client_made_up_is_never_adopted():
+def test_an_id_that_the_client_made_up_is_never_adopted_nor_one_that_was_logged_out():
     store = MemoryStore()
-    browser = Browser(wrap(guard_app, store))
-    browser.cookies["sid"] = FOREIGN[0]
+    browser = Browser(wrap(guard_app, store), cookies={"sid": FOREIGN[0]})
     assert browser.get().text == "None 1"
     assert browser.cookies["sid"] != FOREIGN[0] and store.open(FOREIGN[0]) is None
-
-
-@pytest.mark.parametrize("path", ["/login", "/renew"])
-def test_a_planted_id_is_worth_nothing_after_login_or_renewal(path):
-    application = wrap(guard_app)
-    attacker, victim = Browser(application), Browser(application)
-    attacker.get()
-    victim.cookies.update(attacker.cookies)
-    assert victim.get(path).text.endswith(" 2")
-    assert victim.cookies != attacker.cookies
-    assert attacker.get().text == "None 1"  # a new session
-    assert victim.get().text.endswith(" 3")
-
-
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"lifetime": 100}, [(99.9, "2"), (99.9, "3"), (100, "1")]),
-        ({"lifetime": 100, "max_lifetime": 250}, [(90, "2"), (90, "3"), (69.9, "4"), (0.1, "1")]),
-    ],
-)
-def test_timeouts_are_kept_by_the_server_whatever_the_client_keeps(options, steps):
-    clock = Clock()
-    browser = Browser(wrap(counter_app, MemoryStore(clock=clock), **options))
-    browser.get()
-    for seconds, text in steps:
-        clock.advance(seconds)
-        assert browser.get().text == text
-
-
-def test_logging_out_deletes_the_state_and_the_cookie():
-    store = MemoryStore()
-    browser = Browser(wrap(guard_app, store))
     browser.get("/login")
     stolen = dict(browser.cookies)
     assert browser.get("/logout").text == "bye"
@@ -5566,23 +6255,24 @@ def test_logging_out_deletes_the_state_and_the_cookie():
 
 
 def test_a_client_cannot_make_the_server_keep_anything_by_looking():
-    store = SpyStore()
+    store, rng = MemoryStore(), random.Random(0)
     application = wrap(guard_app, store)
-    for i in range(200):
-        browser = Browser(application)
-        browser.cookies["sid"] = base64.urlsafe_b64encode(i.to_bytes(32, "big")).decode().rstrip("=")
-        response = browser.get("/look")
-        assert response.all("Set-Cookie") == [] and response["Vary"] == "Cookie"
-    # Whatever its containers are called, none of them has grown.
-    sizes = {name: len(value) for name, value in vars(store).items() if hasattr(value, "__len__")}
-    assert not any(size for name, size in sizes.items() if name not in ("events", "opened")), sizes
 
+    def look_often():
+        for _ in range(300):
+            uid = base64.urlsafe_b64encode(rng.randbytes(32)).decode().rstrip("=")
+            response = Browser(application, cookies={"sid": uid}).get("/look")
+            assert response.all("Set-Cookie") == [] and response["Vary"] == "Cookie"
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store_of_kind(request, tmp_path):
-    if request.param == "memory":
-        return MemoryStore()
-    return SQLiteStore(tmp_path / "sessions.db", secret=SECRET)
+    tracemalloc.start()
+    try:
+        look_often()
+        assert -look_often() + look_often() < 300 * 50
+    finally:
+        tracemalloc.stop()
+    assert len(store) == 0
 
 
 def test_an_unknown_id_costs_the_store_one_question(store_of_kind):
@@ -5603,91 +6293,63 @@ def test_what_the_client_sends_never_comes_back_in_a_header():
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("then", ["used", "looked at", "logged in"])
-def test_a_session_that_follows_an_expired_one_gets_its_cookie(store_of_kind, known, then):
-    def app(environ, start_response):
-        if environ["PATH_INFO"] == "/again":
-            ISession(environ).expire()
-            if then == "logged in":
-                ISession(environ).login("bob")
-            elif then == "used":
-                count(environ)
-            else:
-                assert ICounter not in ISession(environ)
-            return plain(start_response)
-        return guard_app(environ, start_response)
+@pytest.mark.parametrize("then, text", [("used", "None 2"), ("looked at", "None 1"), ("logged in", "bob 1")])
+def test_a_session_that_follows_an_expired_one_gets_its_cookie(store_of_kind, known, then, text):
+    def again(environ):
+        ISession(environ).expire()
+        if then == "logged in":
+            ISession(environ).login("bob")
+        elif then == "used":
+            count(environ)
+        else:
+            assert ICounter not in ISession(environ)
 
-    browser = Browser(wrap(app, store_of_kind))
+    browser = Browser(wrap(guard_app, store_of_kind))
     if known:
         browser.get("/login")
-        browser.get()
-    before = dict(browser.cookies)
-    browser.get("/again")
+    before, guard = dict(browser.cookies), browser.application
+    browser.application = wrap(script(again, "200 OK", []), store_of_kind)
+    browser.get()
     assert browser.cookies != before or not known
-    assert browser.get().text == {"used": "None 2", "looked at": "None 1", "logged in": "bob 1"}[then]
+    browser.application = guard
+    assert browser.get().text == text
+
+
+def attack(application):
+    """An attacker, and a victim to whom they gave the id of their session."""
+    attacker = Browser(application)
+    attacker.get()
+    return attacker, Browser(application, cookies=attacker.cookies)
 
 
 @pytest.mark.parametrize("path", ["/login", "/renew", "/logout"])
-@pytest.mark.parametrize("how", ["locking=False", "release"])
-def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_kind, how, path):
-    opened, go_on = threading.Event(), threading.Event()
+def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_kind, path):
+    reached, go_on = threading.Event(), threading.Event()
 
-    def app(environ, start_response):
-        if environ["PATH_INFO"] != "/slow":
-            return guard_app(environ, start_response)
-        count(environ)
-        if how == "release":
-            ISession(environ).release()
-        opened.set()
+    def slow(session):
+        visited(session)
+        session.release()
+        reached.set()
         assert go_on.wait(10)
-        return plain(start_response)
+        with pytest.raises(SessionError, match=r"before session\.release\(\)|ended"):
+            session.login("eve")
+        return told(session) if session.ended else "not known yet"  # a store outside is asked by ISession
 
-    application = SessionMiddleware(app, store_of_kind, locking=how != "locking=False", patience=5)
-    attacker, victim = Browser(application), Browser(application)
-    attacker.get()
-    victim.cookies.update(attacker.cookies)
-    responses = []
-    slow = threading.Thread(target=lambda: responses.append(attacker.get("/slow")))
-    slow.start()
-    assert opened.wait(10)
+    application = wrap(guard_app, store_of_kind, patience=5, persistent=True)
+    attacker, victim = attack(application)
+    planted, attacker.application = attacker.cookie, wrap(acting(slow), store_of_kind, persistent=True)
+    request = Background(attacker.get)
+    assert reached.wait(10)
     try:
         victim.get(path)
     finally:
         go_on.set()
-        slow.join(10)
-    (response,) = responses
+    response = request.result()
+    assert response.text == ("None 1" if isinstance(store_of_kind, MemoryStore) else "not known yet")
     assert response.all("Set-Cookie") == []  # neither the new id, nor a deletion of what the login just set
-    assert attacker.get().text == "None 1"
-
-
-def test_a_login_after_release_is_for_its_own_client_alone(store_of_kind):
-    released, logged_in = threading.Event(), threading.Event()
-
-    def app(environ, start_response):
-        if environ["PATH_INFO"] in ("/attack", "/login"):
-            session = ISession(environ)
-            session.release()
-            if environ["PATH_INFO"] == "/attack":
-                released.set()
-                assert logged_in.wait(10)
-            else:
-                attack.start()
-                assert released.wait(10)
-                session.login("alice")
-            return plain(start_response)
-        return guard_app(environ, start_response)
-
-    application = SessionMiddleware(app, store_of_kind)
-    attacker, victim = Browser(application), Browser(application)
-    attacker.get()
-    victim.cookies.update(attacker.cookies)
-    responses = []
-    attack = threading.Thread(target=lambda: responses.append(attacker.get("/attack")))
-    victim.get("/login")
-    logged_in.set()
-    attack.join(10)
-    assert responses[0].all("Set-Cookie") == []
-    assert attacker.get().text == "None 1" and victim.get().text.startswith("alice ")
+    attacker.application = application
+    assert attacker.cookie == planted and attacker.get().text == "None 1"
+    assert victim.get().text == {"/login": "alice 4", "/renew": "None 4", "/logout": "None 1"}[path]
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -5701,10 +6363,7 @@ def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_clien
                 login.join()
 
     waiting, logged_in = [], []
-    application = SessionMiddleware(guard_app, Overtaken(), persistent=persistent)
-    attacker, victim = Browser(application), Browser(application)
-    attacker.get()
-    victim.cookies.update(attacker.cookies)
+    attacker, victim = attack(SessionMiddleware(guard_app, Overtaken(), persistent=persistent))
     waiting.append(victim)
     response = attacker.get()
     assert logged_in[0].text.startswith("alice ")
@@ -5712,90 +6371,40 @@ def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_clien
     assert attacker.get().text == "None 1" and victim.get().text.startswith("alice ")
 
 
-def test_who_is_overtaken_by_a_renewal_while_the_store_answers_is_not_given_the_new_id():
-    class Overtaken(MemoryStore):
-        def open(self, uid, patience=10, hold=True):
-            session = super().open(uid, patience, hold)
-            thread = threading.Thread(target=session.renew)
-            thread.start()
-            thread.join()
-            return session
-
-    application = SessionMiddleware(guard_app, Overtaken(), locking=False, persistent=True)
-    browser = Browser(application)
-    browser.get("/login")
-    response = browser.get()
-    assert response.text == "alice 2" and response.all("Set-Cookie") == []
-
-
-def test_no_id_is_ever_logged_or_shown(caplog, tmp_path):
-    caplog.set_level(logging.DEBUG, logger="minisess")
-    clock, uids, shown = Clock(), set(), []
-    store = SQLiteStore(tmp_path / "s.db", secret=SECRET, clock=clock)
-    thief = SQLiteStore(tmp_path / "s.db", secret="another secret, long enough", clock=clock)
-
-    def app(environ, start_response):
-        session = ISession(environ)
-        shown.extend((repr(session), str(session), repr(environ["minisess.session"]), f"{session!r}"))
-        uids.add(session.uid)
-        result = guard_app(environ, start_response)
-        uids.add(session.uid)
-        return result
-
-    browser = Browser(wrap(app, store, patience=0))
-    browser.get()
-    browser.get("/login")
-    held = store.open(browser.cookies["sid"])
-    try:
-        browser.get()
-    except SessionBusy:
-        shown.append(traceback.format_exc())
-    store.release(held)
-    assert thief.open(browser.cookies["sid"]) is None
-    browser.get("/logout")
-    browser.cookies["sid"] = FOREIGN[0]
-    browser.get()
-    assert "SessionBusy" in "".join(shown)
-    messages = " ".join(record.getMessage() for record in caplog.records)
-    for word in ("created", "renewed", "ended", "known", "seal"):
-        assert word in messages
-    text = caplog.text + "".join(shown)
-    assert len(uids) == 3
-    for uid in (*uids, FOREIGN[0]):
-        assert uid not in text and uid[:8] not in text
-
-
-@pytest.mark.parametrize(
-    ("path", "level", "words"),
-    [
-        ("/", "INFO", ["created"]),
-        ("/look", "INFO", []),
-        ("/login", "INFO", ["renewed", "created"]),
-        ("/logout", "INFO", ["ended"]),
-    ],
-)
-def test_the_life_of_a_session_is_logged(caplog, path, level, words):
+def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(caplog):
     caplog.set_level(logging.INFO, logger="minisess")
-    Browser(wrap(guard_app)).get(path)
-    assert [record.levelname for record in caplog.records] == [level] * len(words)
-    assert all(word in record.getMessage() for word, record in zip(words, caplog.records, strict=True))
+    clock = Clock()
+    store = MemoryStore(clock=clock)
+    everywhere = lambda session: store.expireAll("alice")  # noqa: E731
+    app = acting(told, login=and_tell("login", "alice"), bob=and_tell("login", "bob"), all=everywhere)
+    browser = Browser(wrap(app, store))
 
+    def happens(path, pause=0, app=app):
+        caplog.clear()
+        before = store.peek(browser.cookies.get("sid", ""))
+        clock.advance(pause)
+        browser.application = wrap(app, store)
+        browser.get(path)
+        after = store.peek(browser.cookies.get("sid", ""))
+        known = {each.handle: name for each, name in ((before, "old"), (after, "new")) if each}
+        assert {record.levelname for record in caplog.records} <= {"INFO"}
+        return [(r.event, known.get(r.session), r.owner, r.reason) for r in caplog.records if r.event != "unknown"]
 
-def test_the_log_calls_a_session_by_the_same_short_name_throughout(caplog):
-    caplog.set_level(logging.INFO, logger="minisess")
-    browser = Browser(wrap(guard_app))
-    browser.get()
-    browser.get("/logout")
-    Browser(browser.application).get()
-    tags = [re.search(r"session (\w+) ", record.getMessage())[1] for record in caplog.records]
-    assert len(tags) == 3 and tags[0] == tags[1] != tags[2] and len(tags[0]) < 12
-
-
-def test_the_repr_of_a_session_says_what_it_keeps():
-    session = MemoryStore().create(10, 20)
-    ICounter(session)
-    session.login("alice")
-    assert "ICounter" in repr(session) and "alice" in repr(session) and session.uid not in repr(session)
+    created = ("created", "new", None, None)
+    assert happens("/look", app=guard_app) == []
+    assert (happens("/"), happens("/")) == ([created], [])
+    assert happens("/login") == [("login", "new", "alice", None)]
+    assert happens("/renew", app=guard_app) == [("renewed", "new", "alice", None)]
+    assert happens("/bob") == [("login", "new", "bob", None), ("ended", "old", "alice", "another")]
+    assert happens("/logout", app=guard_app) == [("ended", "old", "bob", "logout")]
+    browser.get("/login")
+    assert happens("/all") == [("ended", "old", "alice", "all")]
+    browser.get("/login")
+    assert happens("/look", 1800, app=guard_app) == [("ended", "old", "alice", "idle")]
+    browser.get(clock.advance(1000) or "/login")
+    for _ in range(28):
+        browser.get(clock.advance(1500) or "/")
+    assert happens("/look", 1500, app=guard_app) == [("ended", "old", "alice", "absolute")]
 
 
 # Frameworks
@@ -5824,21 +6433,6 @@ def bottle_app():
     return app
 
 
-def werkzeug_app():
-    wrappers = package("werkzeug.wrappers")
-
-    @wrappers.Request.application
-    def app(request):
-        return wrappers.Response(hit(request))
-
-    return app
-
-
-def webob_app():
-    dec = package("webob.dec")
-    return dec.wsgify(lambda request: hit(request))
-
-
 def pyramid_app():
     config, response = package("pyramid.config"), package("pyramid.response")
     with config.Configurator() as configurator:
@@ -5857,7 +6451,34 @@ def django_app():
     return package("django.core.wsgi").get_wsgi_application()
 
 
-@pytest.mark.parametrize("make", [flask_app, bottle_app, werkzeug_app, webob_app, pyramid_app, django_app])
+def falcon_app():
+    falcon = package("falcon")
+
+    class Home:
+        def on_get(self, request, response):
+            response.text = hit(request)
+
+    app = falcon.App()
+    app.add_route("/", Home())
+    return app
+
+
+def cherrypy_app():
+    cherrypy = package("cherrypy")
+
+    class Home:
+        @cherrypy.expose
+        def index(self):
+            return hit(cherrypy.serving.request)
+
+    cherrypy.config.update({"environment": "embedded"})
+    return cherrypy.Application(Home())
+
+
+APPS = [flask_app, bottle_app, pyramid_app, django_app, falcon_app, cherrypy_app]
+
+
+@pytest.mark.parametrize("make", APPS)
 def test_a_frameworks_request_adapts_to_its_session(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the frameworks' own, about their age
@@ -5867,247 +6488,211 @@ def test_a_frameworks_request_adapts_to_its_session(make):
     assert [len(response.all("Set-Cookie")) for response in responses] == [1, 0]
 
 
-@pytest.mark.parametrize("request_", [{}, Browser, types.SimpleNamespace(environ={}), types.SimpleNamespace(environ=1)])
-def test_outside_the_middleware_the_error_says_what_to_do(request_):
-    with pytest.raises(CannotAdapt, match="wrap the application in SessionMiddleware"):
-        ISession(request_)
-    assert ISession(request_, None) is None
+def test_starlettes_middleware_closes_no_body_and_the_session_is_let_go():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wsgi, client = package("starlette.middleware.wsgi"), package("starlette.testclient")
+        browser = held(script("200 OK", ..., count, LookupError))
+        visitor = client.TestClient(wsgi.WSGIMiddleware(browser.application), cookies=browser.cookies)
+        assert visitor.get("/count").text == "2"
+        for _ in range(2):
+            with pytest.raises(LookupError):
+                visitor.get("/")
+        assert visitor.get("/count").text == "5"
+
+
+def test_gevent_that_patches_late_stops_no_request_that_waits():
+    """The module is imported and has served requests; then everything is patched."""
+    package("gevent")
+    code = """
+import test_minisess as t
+def slow(environ):
+    t.count(environ)
+    t.time.sleep(0.2)
+visitor = t.Browser(t.SessionMiddleware(t.script(slow, "200 OK", lambda environ: [t.tell(environ)])))
+visitor.get()
+from gevent import monkey
+monkey.patch_all()
+import gevent
+jobs = [gevent.spawn(visitor.get) for _ in range(5)]
+gevent.joinall(jobs, timeout=8)
+print([job.value.text for job in jobs])
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['4', '6', '8', '10', '12']\n", done.stderr
 
 
 # Servers and clients
 # ---------------------------------------------------------------------------
 
-SERVED = '''
-"""One application for all servers; under /checked wsgiref.validate stands on both sides of the middleware."""
 
-import sys, io
-from wsgiref.validate import validator
-from minisess import *
+def tell(environ):
+    return b"%d" % visited(ISession(environ))
 
 
-class ICounter(Interface):
-    hits: int
+def logged_in(environ):
+    ISession(environ).login("ann")
+    SERVED_EVENTS.append("login")
+    return [repr([ISession(environ).owner, ICounter(ISession(environ)).hits]).encode()]
 
 
-@implementer(ICounter)
-class Counter:
-    def __init__(self, session):
-        self.hits = 0
+def lets_go_early(environ):
+    session = ISession(environ)
+    visited(session)
+    session.release()
+    holds_long(environ)
+    return [repr([session.ended, session.owner]).encode()]
 
 
-registerAdapter(Counter, Session, ICounter)
-closed = []
-file_seen = []
+def holds_long(environ):
+    ISession(environ)
+    SERVED_EVENTS.append("slow")
+    end = time.monotonic() + 5
+    while SERVED_EVENTS[-1] == "slow" and time.monotonic() < end:
+        time.sleep(0.01)
 
 
-def count(environ):
-    counter = ICounter(ISession(environ))
-    counter.hits += 1
-    return b"%d" % counter.hits
+class Endless:
+    """A body without end."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return b"x" * 65536
+
+    def close(self):
+        SERVED_EVENTS.append("endless")
 
 
-def stream(environ, start_response, kind):
-    try:
-        if kind == "late":
-            start_response("200 OK", [("Content-Type", "text/plain")])
-        yield count(environ) + b" "
-        if kind == "boom":
-            raise LookupError("mid-stream")
-        while kind == "endless":
-            yield b"x" * 65536
-        yield b"done"
-    finally:
-        closed.append(kind)
+SERVED_EVENTS = ["start"]  # in the server's process
+SERVED = {
+    "/list": script("200 OK", lambda environ: [tell(environ)]),
+    "/early": script("200 OK", ..., tell, b" done"),
+    "/late": script(..., "200 OK", tell, b" done"),
+    "/write": script("200 OK", tell, [b" done"]),
+    "/error": script("200 OK", "400 Oops", lambda environ: [tell(environ)]),
+    "/none": script("204 No Content", count, []),
+    "/unmodified": script("304 Not Modified", count, ...),
+    "/empty": script("200 OK", count, []),
+    "/file": script("200 OK", lambda environ: file_of(environ, tell(environ) + b" file")),
+    "/nothing": script(count, [b"no start_response"]),
+    "/boom": script("200 OK", ..., tell, LookupError),
+    "/lazy": script("200 OK", ..., count, LookupError),
+    "/endless": script("200 OK", count, lambda environ: Endless()),
+    "/login": script("200 OK", logged_in),
+    "/released": script("200 OK", lets_go_early),
+    "/holds": script("200 OK", count, holds_long, [b"held"]),
+    "/event": script("200 OK", lambda environ: SERVED_EVENTS.append(environ["QUERY_STRING"]), []),
+    "/events": script("200 OK", lambda environ: [repr(SERVED_EVENTS).encode()]),
+}
 
 
-def app(environ, start_response):
-    path = environ["PATH_INFO"].removeprefix("/checked")
-    start = lambda status="200 OK", *more: start_response(status, [("Content-Type", "text/plain"), *more])
-    if path == "/list":
-        start()
-        return [count(environ)]
-    if path in ("/early", "/boom", "/endless"):
-        start()
-        return stream(environ, start_response, path[1:])
-    if path == "/late":
-        return stream(environ, start_response, "late")
-    if path == "/write":
-        write = start()
-        write(count(environ) + b" ")
-        return [b"done"]
-    if path == "/error":
-        start()
-        try:
-            raise LookupError("before anything was sent")
-        except LookupError:
-            start_response("500 Oops", [("Content-Type", "text/plain")], sys.exc_info())
-        return [count(environ)]
-    if path == "/none":
-        start_response("204 No Content", [])
-        count(environ)
-        return []
-    if path == "/unmodified":
-        start_response("304 Not Modified", [])
-        count(environ)
-        return iter(())
-    if path == "/empty":
-        start()
-        count(environ)
-        return []
-    if path == "/file":
-        start()
-        return environ["wsgi.file_wrapper"](io.BytesIO(count(environ) + b" file"), 8192)
-    if path == "/nothing":
-        count(environ)
-        return [b"no start_response"]
-    start()
-    return [repr({"/closed": closed, "/seen": file_seen}[path]).encode()]
+def served_app(environ, start_response):
+    return SERVED[environ["PATH_INFO"]](environ, start_response)
 
 
-store = MemoryStore()
-inner = SessionMiddleware(app, store, patience=2)
-checked = validator(SessionMiddleware(validator(app), store, patience=2))
+site = SessionMiddleware(served_app, patience=2)
 
 
-def application(environ, start_response):
-    if environ["PATH_INFO"].startswith("/checked"):
-        return checked(environ, start_response)
-    result = inner(environ, start_response)
-    if environ["PATH_INFO"] == "/file":
-        file_seen.append(isinstance(result, environ["wsgi.file_wrapper"]))
-    return result
+GUNICORN = "-m gunicorn --bind=127.0.0.1:PORT test_minisess:site"
+SERVERS = {
+    "wsgiref": "-c import test_minisess as t; t.make_server('', PORT, t.site, t.ThreadingServer).serve_forever()",
+    "waitress": "-m waitress --listen=127.0.0.1:PORT test_minisess:site",
+    "gunicorn": f"{GUNICORN} --worker-class=gthread --threads=4",
+    "gevent": f"{GUNICORN} --worker-class=gevent",
+    "gevent preloaded": f"{GUNICORN} --worker-class=gevent --preload",
+    "twisted": "-m twisted web --listen=tcp:PORT:interface=127.0.0.1 --wsgi=test_minisess.site",
+}
 
 
-if __name__ == "__main__":
-    from wsgiref.simple_server import make_server
-
-    make_server("127.0.0.1", int(sys.argv[1]), application).serve_forever()
-'''
-
-
-@contextlib.contextmanager
-def server_process(command, port, log):
-    """A server process for as long as the block lasts."""
-    path = os.pathsep.join((os.path.dirname(minisess.__file__), *filter(None, [os.environ.get("PYTHONPATH")])))
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=os.path.dirname(log), env={**os.environ, "PYTHONPATH": path}
-        )
-        try:
-            wait_for(port, process)
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+@pytest.fixture(scope="module", params=SERVERS)
+def real_server(request):
+    """The name and port of a real server."""
+    name = request.param
+    for needed in ("waitress", "gunicorn", "gevent", "twisted"):
+        if needed in SERVERS[name]:
+            package(needed)
+    words = SERVERS[name].split(" ", 1 if name == "wsgiref" else -1)
+    path = os.pathsep.join((HERE, *filter(None, [os.environ.get("PYTHONPATH")])))
+    with running([sys.executable, *words], env={**os.environ, "PYTHONPATH": path}, cwd=HERE) as server:
+        yield name, server.port
 
 
-@pytest.fixture(scope="module", params=["wsgiref", "waitress", "gunicorn"])
-def real_server(request, tmp_path_factory):
-    """The name and port of a real server with SERVED behind it."""
-    folder, port, name = tmp_path_factory.mktemp("served"), free_port(), request.param
-    (folder / "served.py").write_text(SERVED)
-    command = [sys.executable, "served.py", str(port)]
-    if name != "wsgiref":
-        package(name)
-        command = [sys.executable, "-m", name, f"--listen=127.0.0.1:{port}", "served:application"]
-    if name == "gunicorn":
-        command[3:4] = [f"--bind=127.0.0.1:{port}", "--worker-class=gthread", "--threads=4"]
-    with server_process(command, port, str(folder / "log")):
-        yield name, port
-
-
-class Client:
-    """A client of a real server, with a cookie jar for one cookie."""
-
-    def __init__(self, port):
-        self.port, self.cookie = port, None
-
-    def get(self, path, method="GET"):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request(method, path, headers={"Cookie": self.cookie} if self.cookie else {})
-            answer = connection.getresponse()
-            response = Response(answer.status, answer.getheaders(), answer.read())
-        finally:
-            connection.close()
-        for cookie in response.all("Set-Cookie"):
-            self.cookie = cookie.partition(";")[0]
-        return response
-
-
-@pytest.mark.parametrize("prefix", ["", "/checked"])
 @pytest.mark.parametrize(
     ("path", "status", "body"),
     [
-        ("/list", 200, "1"),
-        ("/early", 200, "1 done"),
-        ("/late", 200, "1 done"),
-        ("/write", 200, "1 done"),
-        ("/error", 500, "1"),
-        ("/none", 204, ""),
-        ("/unmodified", 304, ""),
-        ("/empty", 200, ""),
-        ("/file", 200, "1 file"),
+        ("/list", "200", "1"),
+        ("/early", "200", "1 done"),
+        ("/late", "200", "1 done"),
+        ("/write", "200", "1 done"),
+        ("/error", "400", "1"),
+        ("/none", "204", ""),
+        ("/unmodified", "304", ""),
+        ("/empty", "200", ""),
+        ("/file", "200", "1 file"),
     ],
 )
-def test_real_servers_send_the_body_and_one_cookie(real_server, path, status, body, prefix):
+def test_real_servers_send_the_body_and_one_cookie(real_server, path, status, body):
     name, port = real_server
-    client = Client(port)
-    response = client.get(prefix + path)
-    assert (response.status, response.text) == (status, body)
+    client = Browser(port)
+    response = client.get(path)
+    assert (response.status[:3], response.text) == (status, body)
     assert len(response.all("Set-Cookie")) == 1 and response.all("Vary") == ["Cookie"]
-    if not prefix and path in ("/list", "/error") and name != "gunicorn":  # gunicorn never counts a body
+    if path in ("/list", "/error") and name in ("wsgiref", "waitress"):  # others never count a body
         assert response["Content-Length"] == "1" and response["Transfer-Encoding"] is None
     if path in ("/early", "/late") and name != "wsgiref":
         assert response["Transfer-Encoding"] == "chunked"
     assert client.get("/list").text == "2"
 
 
-def test_real_servers_answer_head_requests_with_the_headers_alone(real_server):
-    _, port = real_server
-    client = Client(port)
-    response = client.get("/empty", "HEAD")
-    assert response.text == "" and len(response.all("Set-Cookie")) == 1
-    assert client.get("/list").text == "2"
-
-
-def test_real_servers_get_their_own_file_wrapper_back(real_server):
-    name, port = real_server
-    response = Client(port).get("/file")
-    assert "False" not in Client(port).get("/seen").text
-    if name == "waitress":
-        assert response["Content-Length"] == "6"  # it asks its own wrapper for the size
-
-
-@pytest.mark.parametrize("path", ["/boom", "/nothing"])
+@pytest.mark.parametrize("path", ["/boom", "/nothing", "/lazy"])
 def test_real_servers_survive_broken_applications_and_the_session_is_free(real_server, path):
-    _, port = real_server
-    client = Client(port)
+    client = Browser(real_server[1])
     client.get("/list")
-    try:
+    with contextlib.suppress(http.client.HTTPException, OSError):  # the connection is cut
         client.get(path)
-    except (http.client.HTTPException, OSError):
-        pass  # the connection is cut
+    begun = time.monotonic()
     assert client.get("/list").text == "3"
+    assert time.monotonic() - begun < 1.5  # nobody had to wait for *patience* seconds
 
 
 def test_real_servers_close_the_body_of_a_client_that_went_away(real_server):
-    _, port = real_server
-    client = Client(port)
+    name, port = real_server
+    client = Browser(port)
     client.get("/list")
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        request = f"GET /endless HTTP/1.1\r\nHost: x\r\nCookie: {client.cookie}\r\n\r\n"
-        connection.sendall(request.encode())
+        connection.sendall(f"GET /endless HTTP/1.1\r\nHost: x\r\nCookie: {client.cookie}\r\n\r\n".encode())
         assert connection.recv(1000)
     end = time.monotonic() + 10
-    while "endless" not in Client(port).get("/closed").text and time.monotonic() < end:
+    while "endless" not in Browser(port).get("/events").text and time.monotonic() < end:
         time.sleep(0.02)
-    assert "endless" in Client(port).get("/closed").text
+    assert "endless" in Browser(port).get("/events").text
     assert client.get("/list").text == "3"
+
+
+def test_real_servers_tell_nobody_the_id_that_a_login_made_meanwhile(real_server):
+    name, port = real_server
+    attacker = Browser(port)
+    attacker.get("/list")
+    victim = Browser(port, cookies=attacker.cookies)
+    slow = Background(attacker.get, "/released")
+    wait_until(lambda: "'slow'" in Browser(port).get("/events").text)
+    assert victim.get("/login").text == "['ann', 2]"
+    assert slow.result().text == "[True, None]" and slow.result()["Set-Cookie"] is None
+    assert attacker.get("/list").text == "1"
+
+
+def test_real_servers_let_the_next_request_wait_for_the_session(real_server):
+    name, port = real_server
+    client = Browser(port)
+    client.get("/list")
+    slow = Background(client.get, "/holds")
+    wait_until(lambda: Browser(port).get("/events").text.endswith("'slow']"))
+    waiting = Background(client.get, "/list")
+    Browser(port).get("/event")
+    assert (slow.result().text, waiting.result().text) == ("held", "3")
 
 
 PAGE = b"""<!doctype html><title>waiting</title><p id=count></p><script>
@@ -6274,38 +6859,6 @@ EXAMPLES = sorted(
 )
 
 
-class Visitor:
-    """A client with a cookie jar, over a real socket."""
-
-    def __init__(self, port, cookies=()):
-        self.port, self.cookies = port, dict(cookies)
-
-    def request(self, path="/", method="GET", **form):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
-        body = None
-        if method == "POST":
-            body, headers["Content-Type"] = urllib.parse.urlencode(form), "application/x-www-form-urlencoded"
-        try:
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            response = Response(answer.status, answer.getheaders(), answer.read())
-        finally:
-            connection.close()
-        for cookie in response.all("Set-Cookie"):
-            name, _, value = cookie.partition(";")[0].partition("=")
-            self.cookies[name] = value
-            if "Max-Age=0" in cookie:
-                del self.cookies[name]
-        return response
-
-    def get(self, path="/"):
-        return self.request(path).text.strip()
-
-    def post(self, path="/", **form):
-        return self.request(path, "POST", **form)
-
-
 @contextlib.contextmanager
 def example(name, **environment):
     """``python -m examples.NAME`` in the checkout; answers (process, port)."""
@@ -6327,6 +6880,18 @@ def example(name, **environment):
             process.kill()
 
 
+class Visitor(Browser):
+    """One of an example: what it reads is the text, and a status a number."""
+
+    def get(self, path="/"):
+        return self.request(path).text.strip()
+
+    def request(self, *args, **more):
+        response = super().request(*args, **more)
+        response.status = int(response.status[:3])
+        return response
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_what_it_shows_and_what_to_try(name):
     with open(os.path.join(HERE, "examples", f"{name}.py"), encoding="utf-8") as file:
@@ -6334,24 +6899,14 @@ def test_an_example_says_what_it_shows_and_what_to_try(name):
     text = ast.get_docstring(tree)
     assert f"python3 -m examples.{name}" in text and "curl " in text
     assert "application" in [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)]
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        assert f"`{name}`" in file.read()
+    assert f"`{name}`" in readme()
 
 
 def test_the_counter_counts_each_visitor():
     with example("counter") as (_, port):
         ann, bob = Visitor(port), Visitor(port)
-        assert [ann.get(), ann.get(), bob.get(), ann.get()] == [f"You were here {n} times." for n in (1, 2, 1, 3)]
-
-
-def test_a_browser_that_loads_the_counter_again_was_there_twice(chromium):
-    with example("counter") as (_, port):
-        chromium.delete_all_cookies()
-        for times in (1, 2):  # it asks for a favicon, too
-            chromium.get(f"http://127.0.0.1:{port}/")
-            assert (
-                chromium.execute_script("return document.body.textContent").strip() == f"You were here {times} times."
-            )
+        assert ann.request("/favicon.ico").status == 404  # browsers ask for it
+        assert [ann.get(), ann.get(), bob.get(), ann.get()] == [f"Visits: {n}" for n in (1, 2, 1, 3)]
 
 
 def test_ctrl_c_ends_an_example_quietly():
@@ -6361,41 +6916,13 @@ def test_ctrl_c_ends_an_example_quietly():
         assert process.stdout.read() == ""
 
 
-def test_the_login_guards_a_page():
-    with example("login") as (_, port):
-        alice, phone = Visitor(port), Visitor(port)
-        assert alice.request("/secret")["Location"] == "/login"
-        fixed = Visitor(port, alice.cookies)
-        assert alice.post("/login", name="alice", password="wrong").status == 403
-        assert alice.post("/login", name="nobody", password="").status == 403
-        assert alice.post("/login", name="alice", password="wonderland")["Location"] == "/secret"
-        assert "alice is here" in alice.get("/secret")
-        # Whoever knew her session's id from before the login has nothing.
-        assert fixed.cookies["sid"] != alice.cookies["sid"]
-        assert fixed.request("/secret")["Location"] == "/login"
-        phone.post("/login", name="alice", password="wonderland")
-        assert alice.post("/logout")["Location"] == "/"
-        assert not alice.cookies and alice.request("/secret").status == 303
-        assert "alice is here" in phone.get("/secret")
-
-
-def test_the_login_ends_all_sessions_of_a_user():
-    with example("login") as (_, port):
-        alice, phone, bob = Visitor(port), Visitor(port), Visitor(port)
-        for visitor in (alice, phone):
-            visitor.post("/login", name="alice", password="wonderland")
-        bob.post("/login", name="bob", password="builder")
-        alice.post("/logout-everywhere")
-        assert [v.request("/secret").status for v in (alice, phone, bob)] == [303, 303, 200]
-
-
 def test_two_applications_share_a_session_and_never_meet():
     with example("mixed") as (_, port):
         visitor = Visitor(port)
         assert visitor.get("/shop/tea") == "In your basket: tea"
-        assert visitor.get("/quiz/yes") == "1 answers so far"
+        assert visitor.get("/quiz/yes") == "Answers so far: 1"
         assert visitor.get("/shop/milk") == "In your basket: tea, milk"
-        assert re.fullmatch(r"<Session \w{8}, stored, keeps IItems, IItems>", visitor.get())
+        assert re.fullmatch(r"<Session \w{16}, stored, keeps IItems, IItems>", visitor.get())
 
 
 def test_the_cart_is_shared_by_processes_and_survives_them(tmp_path):
@@ -6403,7 +6930,7 @@ def test_the_cart_is_shared_by_processes_and_survives_them(tmp_path):
     with example("cart", **cart) as (_, port), example("cart", **cart) as (victim, other):
         visitor = Visitor(port)
         assert visitor.post(thing="tea").text.startswith("1 tea (")
-        elsewhere = Visitor(other, visitor.cookies)
+        elsewhere = Visitor(other, cookies=visitor.cookies)
         assert elsewhere.post(thing="tea").text.startswith("2 tea (")
         victim.kill()
         assert visitor.get().startswith("2 tea (")
@@ -6416,10 +6943,9 @@ def test_the_counters_of_many_hosts_count_one_session(kind, request):
     where = {"REDIS_URL": f"redis://127.0.0.1:{address}/0", "DATABASE_URL": str(address)}
     with example(f"{kind}_counter", **where) as (_, port), example(f"{kind}_counter", **where) as (_, other):
         here = Visitor(port)
-        assert here.get().startswith("You were here 1 times")
-        there = Visitor(other, here.cookies)
-        assert there.get().startswith("You were here 2 times")
-        assert here.get().startswith("You were here 3 times")
+        assert here.get().startswith("Visits: 1 (")
+        assert Visitor(other, cookies=here.cookies).get().startswith("Visits: 2 (")
+        assert here.get().startswith("Visits: 3 (")
 
 
 def test_a_form_without_the_sessions_token_is_refused():
@@ -6436,18 +6962,21 @@ def test_an_event_stream_tells_what_other_requests_of_its_session_do():
         visitor = Visitor(port)
         assert visitor.post().text == "1\n"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/events", headers={"Cookie": f"sid={visitor.cookies['sid']}"})
-        received = []
-        reader = threading.Thread(target=lambda: received.append(connection.getresponse().readline()), daemon=True)
-        reader.start()
-        count = 1
-        while reader.is_alive() and count < 200:
-            count += 1
-            assert visitor.post().text == f"{count}\n"  # while the stream waits for something to tell
+        connection.request("GET", "/events", headers={"Cookie": visitor.cookie})
+        reader, clicks = Background(lambda: connection.getresponse().readline()), 1
+        while reader.is_alive() and clicks < 200:
+            clicks += 1
+            assert visitor.post().text == f"{clicks}\n"  # while the stream waits for something to tell
             reader.join(0.05)
+        event = re.fullmatch(rb"data: (\d+)\n", reader.result())
         connection.close()
-        event = re.fullmatch(rb"data: (\d+)\n", received[0])
-        assert 1 < int(event[1]) <= count
+        assert 1 < int(event[1]) <= clicks
+
+
+def test_the_benchmark_has_a_row_for_each_peer_that_is_there():
+    command = [sys.executable, "-m", "examples.benchmark", "--help"]
+    said = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "--json" in said
 
 
 # The inspector in a browser
@@ -6518,21 +7047,20 @@ def test_the_inspectors_buttons_do_what_they_say(inspector):
     assert inspector.text(".owner") == "nobody's"
     inspector.press("click")
     inspector.press("click")
-    assert "Clicks, count = 2" in inspector.text(".kept")
     inspector.press("touch")
-    assert "'Keep alive'" in inspector.text(".kept")
-    assert inspector.text("h1") == tag
+    assert "Clicks, count = 2" in inspector.text(".kept") and inspector.text("h1") == tag
     inspector.press("renew")
     renewed = inspector.text("h1")
     assert renewed != tag and "Clicks, count = 2" in inspector.text(".kept")
     inspector.press("login")
     assert inspector.text(".owner") == "ann" and "IVisitor" in inspector.text(".kept")
     assert inspector.text("h1") not in (tag, renewed)
-    inspector.press("logout")
-    assert inspector.text(".owner") == "nobody's" and "IClicks" not in inspector.text(".kept")
-    inspector.press("expire")
-    assert inspector.text("header p") == "Your session has expired"
-    assert inspector.driver.get_cookies() == []
+    for end in ("logout", "expire"):
+        inspector.press(end)
+        assert inspector.text("header p") == "Your session has expired"
+        assert inspector.driver.get_cookies() == []
+        inspector.driver.find_element("link text", "Start a new one").click()
+        assert inspector.text(".owner") == "nobody's" and "IClicks" not in inspector.text(".kept")
 
 
 def test_the_inspectors_bar_runs_out_and_the_page_says_expired(inspector):
@@ -6543,8 +7071,6 @@ def test_the_inspectors_bar_runs_out_and_the_page_says_expired(inspector):
     inspector.driver.execute_script("end = Date.now() + 300")
     inspector.until("document.querySelector('header p').innerText === 'Your session has expired'")
     assert not inspector.driver.find_element("css selector", "button[value=click]").is_displayed()
-    inspector.driver.find_element("link text", "Start a new one").click()
-    inspector.until("document.querySelector('header p').innerText === 'Your session'")
 
 
 def test_a_second_tab_shows_the_same_session_and_follows(inspector):
@@ -6570,11 +7096,604 @@ def test_the_inspector_is_light_or_dark_and_fits_a_phone(inspector):
         colour = inspector.until("getComputedStyle(document.body).backgroundColor")
         seen[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
     assert seen["light"] > 600 and seen["dark"] < 150
-    phone = {"width": 340, "height": 700, "deviceScaleFactor": 2, "mobile": True}
+    phone = {"width": 320, "height": 700, "deviceScaleFactor": 2, "mobile": True}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    inspector.until("innerWidth === 340 && document.documentElement.scrollWidth <= 340")
+    inspector.until("innerWidth === 320 && document.documentElement.scrollWidth <= 320")
     heights = "[...document.querySelectorAll('button')].map(button => button.offsetHeight)"
     assert min(inspector.until(heights)) >= 44  # a finger's width
+
+
+# The login example
+# ---------------------------------------------------------------------------
+
+IPHONE = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_0 like Mac OS X) AppleWebKit/605.1.15 Version/18.0 Safari/604.1"
+WINDOWS = "Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:130.0) Gecko/20100101 Firefox/130.0"
+
+
+class Person:
+    """Somebody with a browser that keeps cookies; over a real socket."""
+
+    def __init__(self, port, agent="Test/1.0", cookies=()):
+        self.port, self.agent, self.cookies = port, agent, dict(cookies)
+
+    def get(self, path="/", method="GET", body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = {"User-Agent": self.agent, "Cookie": "; ".join(f"{k}={v}" for k, v in self.cookies.items())}
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            response = Response(answer.status, answer.getheaders(), answer.read())
+        finally:
+            connection.close()
+        for cookie in response.all("Set-Cookie"):
+            name, _, value = cookie.partition(";")[0].partition("=")
+            self.cookies[name] = value
+            if "Max-Age=0" in cookie:
+                del self.cookies[name]
+        return response
+
+    def send(self, page, action, **fields):
+        """Fill in the form of *page* that leads to *action*."""
+        form = re.search(rf"<form method=post action={action}>.*?</form>", self.get(page).text, re.S)[0]
+        token = re.search(r'name=token value="([^"]+)"', form)[1]
+        return self.get(action, "POST", urllib.parse.urlencode({"token": token, **fields}))
+
+    def log_in(self, name="alice", password="wonderland", **more):
+        return self.send("/login", "/login", name=name, password=password, **more)
+
+    def devices(self):
+        """(name, is it this one?, the other words, handle) of each."""
+        text = self.get("/devices").text
+        items = re.findall(r"<li>.*?<strong>(.*?)</strong>(.*?)<p>(.*?)</p>.*?name=handle value=(\w+)", text, re.S)
+        return [(name, "this one" in mark, words, handle) for name, mark, words, handle in items]
+
+    def may_enter(self):
+        return self.get("/devices")["Location"] != "/login"
+
+
+@contextlib.contextmanager
+def on_a_server(application):
+    """Serve *application* with wsgiref, a thread for each connection; answers the port."""
+    from examples import ThreadingServer
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with make_server("127.0.0.1", 0, application, ThreadingServer, Quiet) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def wonderland(request, tmp_path):
+    """The login example on a real server; its port, store and clock."""
+    from examples import login
+
+    clock = Clock(1_800_000_000.0)  # 15 Jan 2027, 08:00 UTC
+    if request.param == "memory":
+        store = MemoryStore(strict=True, clock=clock)
+    else:
+        store = SQLiteStore(tmp_path / "login.sqlite3", secret=SECRET, clock=clock)
+    with on_a_server(login.make_application(store)) as port:
+        yield port, store, clock
+
+
+def test_a_page_behind_the_login_leads_to_it_and_the_login_back(wonderland):
+    alice = Person(wonderland[0])
+    assert "stranger" in alice.get("/").text and not alice.cookies
+    assert alice.get("/address")["Location"] == "/login"
+    answer = alice.log_in()
+    assert (answer.status, answer["Location"]) == (303, "/address")
+    assert alice.get("/address").status == 200 and "alice" in alice.get("/").text
+    assert alice.get("/nowhere").status == 404
+
+
+@pytest.mark.parametrize("name", ["alice", "nobody", "", "<b>"])
+def test_a_wrong_name_or_password_logs_nobody_in(wonderland, name):
+    alice = Person(wonderland[0])
+    answer = alice.log_in(name, "builder")
+    assert answer.status == 403 and "That is wrong" in answer.text
+    assert not alice.may_enter()
+
+
+def test_whoever_planted_an_id_before_the_login_has_nothing_after_it(wonderland):
+    alice = Person(wonderland[0])
+    token = re.search(r'name=token value="([^"]+)"', alice.get("/login").text)[1]
+    eve = Person(wonderland[0], cookies=alice.cookies)
+    alice.log_in()
+    assert alice.may_enter() and not eve.may_enter()
+    assert token not in alice.get("/devices").text  # nor can she make forms for it
+
+
+@pytest.mark.parametrize(
+    ("fields", "age", "away", "still_in"),
+    [
+        ({"remember": "on"}, "Max-Age=2592000", 29 * 86400, True),
+        ({"remember": "on"}, "Max-Age=2592000", 30 * 86400, False),
+        ({}, None, 1700, True),
+        ({}, None, 1800, False),
+    ],
+)
+def test_who_ticks_remember_me_is_known_for_30_days_and_others_for_half_an_hour(
+    wonderland, fields, age, away, still_in
+):
+    port, _, clock = wonderland
+    alice = Person(port)
+    cookie = alice.log_in(**fields)["Set-Cookie"]
+    assert re.findall(r"Max-Age=\d+", cookie) == ([age] if age else [])
+    assert all("remembered" in words for _, _, words, _ in alice.devices()) is bool(fields)
+    clock.advance(away)
+    assert alice.may_enter() is still_in
+
+
+def test_your_devices_are_listed_with_what_they_are_since_when_and_last_seen(wonderland):
+    port, _, clock = wonderland
+    phone, desk, bob = Person(port, IPHONE), Person(port, WINDOWS), Person(port)
+    phone.log_in(remember="on")
+    clock.advance(2 * 86400)
+    desk.log_in()
+    bob.log_in("bob", "builder")
+    clock.advance(180)
+    assert [device[:2] for device in desk.devices()] == [("Safari on iPhone", False), ("Firefox on Windows", True)]
+    words = [device[2] for device in desk.devices()]
+    assert "15 Jan 2027, 08:00 UTC, remembered" in words[0] and "Last seen 2 days ago" in words[0]
+    assert "17 Jan 2027, 08:00 UTC" in words[1] and "Last seen now" in words[1]
+    # Looking is being seen, though an eighth of 30 days is far.
+    phone.get("/")
+    clock.advance(60)
+    assert "Last seen 1 minute ago" in desk.devices()[0][2]
+
+
+def test_a_device_logs_out_another_and_then_all_others(wonderland):
+    port = wonderland[0]
+    phone, desk, tablet, bob = (Person(port) for _ in range(4))
+    for each in (phone, desk, tablet):
+        each.log_in()
+    bob.log_in("bob", "builder")
+    handles = [device[3] for device in desk.devices()]
+    assert desk.send("/devices", "/leave", handle=handles[0])["Location"] == "/devices"
+    assert [each.may_enter() for each in (phone, desk, tablet, bob)] == [False, True, True, True]
+    desk.send("/devices", "/leave", handle=handles[0])  # pressed twice
+    desk.send("/devices", "/leave", others="yes")
+    assert [each.may_enter() for each in (phone, desk, tablet, bob)] == [False, True, False, True]
+    assert len(desk.devices()) == 1 and "everywhere" not in desk.get("/devices").text
+
+
+def test_nobody_logs_out_somebody_else_by_a_handle(wonderland):
+    alice, bob = Person(wonderland[0]), Person(wonderland[0])
+    alice.log_in()
+    bob.log_in("bob", "builder")
+    bob.send("/devices", "/leave", handle=alice.devices()[0][3])
+    assert alice.may_enter() and bob.may_enter()
+
+
+def test_logging_out_this_device_deletes_its_cookie_and_leaves_the_others(wonderland):
+    alice, phone = Person(wonderland[0]), Person(wonderland[0])
+    alice.log_in(remember="on")
+    phone.log_in()
+    (handle,) = (handle for _, this, _, handle in alice.devices() if this)
+    assert alice.send("/devices", "/leave", handle=handle)["Location"] == "/"
+    assert not alice.cookies and not alice.may_enter() and phone.may_enter()
+
+
+@pytest.mark.parametrize("remember", [{}, {"remember": "on"}], ids=["browser session", "remembered"])
+def test_five_minutes_after_the_password_it_is_asked_for_again(wonderland, remember):
+    port, _, clock = wonderland
+    alice = Person(port)
+    alice.log_in(**remember)
+    clock.advance(299)
+    assert alice.send("/address", "/address", address="alice@example.org").status == 303
+    assert "alice@example.org" in alice.get("/address").text
+    stale = re.search(r'name=token value="([^"]+)"', alice.get("/address").text)[1]
+    clock.advance(1)
+    page = alice.get("/address").text
+    assert "Is it still you?" in page and "alice@example.org" not in page
+    # A form that was open before isn't a way around it.
+    alice.get("/address", "POST", urllib.parse.urlencode({"token": stale, "address": "eve@example.org"}))
+    before = dict(alice.cookies)
+    answer = alice.send("/address", "/address", password="wrong")
+    assert answer.status == 403 and "That is wrong" in answer.text and alice.cookies == before
+    answer = alice.send("/address", "/address", password="wonderland")
+    assert (answer.status, answer["Location"]) == (303, "/address") and alice.cookies != before
+    assert ("Max-Age=2592000" in answer["Set-Cookie"]) is bool(remember)  # who was remembered still is
+    page = alice.get("/address").text
+    assert "alice@example.org" in page and "eve@example.org" not in page
+    assert len(alice.devices()) == 1
+
+
+@pytest.mark.parametrize("token", [{}, {"token": ""}, {"token": "another's"}, {"token": "\u20ac"}], ids=str)
+@pytest.mark.parametrize(
+    ("action", "fields"),
+    [
+        ("/leave", {}),
+        ("/leave", {"others": "yes"}),
+        ("/address", {"address": "eve@example.org"}),
+        ("/login", {"name": "bob", "password": "builder"}),
+    ],
+    ids=str,
+)
+def test_a_form_of_the_login_without_its_token_does_nothing(wonderland, action, fields, token):
+    alice, phone = Person(wonderland[0]), Person(wonderland[0])
+    alice.log_in()
+    phone.log_in()
+    if token.get("token") == "another's":
+        token = {"token": re.search(r'name=token value="([^"]+)"', phone.get("/devices").text)[1]}
+    answer = alice.get(action, "POST", urllib.parse.urlencode({**fields, **token}))
+    assert answer.status == 403 and "too old" in answer.text
+    assert alice.may_enter() and phone.may_enter() and "alice" in alice.get("/").text
+    assert "eve@example.org" not in alice.get("/address").text
+
+
+def test_a_form_of_somebody_who_was_logged_out_meanwhile_leads_to_the_login(wonderland):
+    port, store, _ = wonderland
+    alice = Person(port)
+    alice.log_in()
+    store.expireAll("alice")
+    answer = alice.get("/address", "POST", "address=a%40example.org")
+    assert (answer.status, answer["Location"]) == (303, "/login")
+
+
+def test_pages_to_look_at_dont_wait_for_a_request_that_holds_the_session(wonderland):
+    port, store, _ = wonderland
+    alice = Person(port)
+    alice.log_in()
+    held = store.open(alice.cookies["sid"], patience=0)
+    begin = time.monotonic()
+    assert "alice" in alice.get("/").text and len(alice.devices()) == 1
+    assert time.monotonic() - begin < 5  # a request that has to wait gives up after ten seconds
+    store.release(held)
+
+
+def test_what_people_and_their_browsers_send_is_escaped(wonderland):
+    port = wonderland[0]
+    alice = Person(port, "<script>x</script>/1.0")
+    alice.log_in()
+    alice.send("/address", "/address", address='"><script>y</script>')
+    pages = alice.get("/devices").text + alice.get("/address").text
+    assert "<script" not in pages
+    assert "&lt;script&gt;" in alice.get("/devices").text and "&lt;script&gt;" in alice.get("/address").text
+
+
+def test_pages_of_the_login_are_kept_by_no_cache_and_run_no_script(wonderland):
+    alice = Person(wonderland[0])
+    alice.log_in()
+    for path in ("/", "/login", "/devices", "/address", "/nowhere"):
+        answer = alice.get(path)
+        assert answer["Cache-Control"] == "no-store" and "default-src 'none'" in answer["Content-Security-Policy"]
+
+
+def test_the_curl_lines_of_the_login_do_what_stands_behind_them(tmp_path):
+    bash, curl = program("bash"), program("curl")
+    from examples import login
+
+    lines = [line[4:] for line in login.__doc__.splitlines() if re.match("    (curl|post|form|cp)", line)]
+    lines = [line if "()" in line or line.startswith("cp") else f"echo '--'; {line}" for line in lines]
+    with on_a_server(login.make_application(MemoryStore())) as port:
+        script = "\n".join(lines).replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        path = os.pathsep.join([os.path.dirname(curl), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run([bash, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    answers = done.stdout.split("--\n")[1:]
+    promised = [line.rpartition("# ")[2] for line in lines if line.startswith("echo")]
+    assert len(answers) == len(promised) == 7, done.stderr
+    for answer, promise in zip(answers, promised, strict=True):
+        assert f" {promise[:3]} " in answer.partition("\n")[0]
+        for words in re.findall(r"to (/\w*)|(Max-Age=\d+)|: (curl)", promise):
+            assert "".join(words) in answer
+
+
+@pytest.fixture
+def two_browsers(tmp_path):
+    """Two headless Chromiums, each with a profile of its own; the second says that it is a Firefox."""
+    webdriver = package("selenium.webdriver")
+    service = package("selenium.webdriver.chrome.service")
+    driver_path = program("chromedriver", "/usr/bin/chromedriver", "/usr/lib/chromium/chromedriver")
+    with contextlib.ExitStack() as stack:
+        drivers = []
+        for name, more in (("one", []), ("two", [f"user-agent={WINDOWS}"])):
+            options = webdriver.ChromeOptions()
+            options.binary_location = program("chromium", "chromium-browser", "google-chrome")
+            switches = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
+                disable-component-update disable-sync disable-dev-shm-usage no-proxy-server""".split()
+            for switch in [*switches, f"user-data-dir={tmp_path / name}", *more]:
+                options.add_argument(f"--{switch}")
+            driver = webdriver.Chrome(options=options, service=service.Service(driver_path))
+            stack.callback(driver.quit)
+            driver.set_page_load_timeout(20)
+            drivers.append(driver)
+        yield drivers
+
+
+def shown_to(driver):
+    """What a person reads."""
+    return driver.execute_script("return document.body.innerText")
+
+
+def click_and_wait(driver, selector):
+    driver.execute_script("window.before = true")
+    driver.find_element("css selector", selector).click()
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        with contextlib.suppress(package("selenium.common.exceptions").WebDriverException):
+            if driver.execute_script("return !window.before && document.readyState === 'complete'"):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"no page came after {selector}")
+
+
+def log_in_by_hand(driver, url, remember=False):
+    driver.get(url + "/devices")
+    driver.find_element("name", "name").send_keys("alice")
+    driver.find_element("name", "password").send_keys("wonderland")
+    if remember:
+        driver.find_element("name", "remember").click()
+    click_and_wait(driver, "button.main")
+
+
+@pytest.mark.parametrize("wonderland", ["memory"], indirect=True)
+def test_a_browser_logs_another_one_out(wonderland, two_browsers):
+    port, _, clock = wonderland
+    url, (one, two) = f"http://127.0.0.1:{port}", two_browsers
+    log_in_by_hand(one, url, remember=True)
+    clock.advance(300)
+    log_in_by_hand(two, url)
+    assert "expiry" in one.get_cookie("sid") and "expiry" not in two.get_cookie("sid")
+    text = shown_to(two)
+    assert re.search(r"Chrome on \w+\s+Logged in .*, remembered\s+Last seen 5 minutes ago", text)
+    assert re.search(r"Firefox on Windows\s*this one\s+Logged in .* UTC\s+Last seen now", text)
+    click_and_wait(two, "button[aria-label^='Log out Chrome']")
+    assert "Chrome" not in shown_to(two)
+    one.get(url + "/devices")
+    assert one.current_url == url + "/login"
+    # And back, everywhere at once.
+    log_in_by_hand(one, url)
+    click_and_wait(one, "button[name=others]")
+    assert "Firefox" not in shown_to(one) and "this one" in shown_to(one)
+    two.get(url + "/devices")
+    assert two.current_url == url + "/login"
+    for driver in two_browsers:
+        assert driver.get_log("browser") == []  # nothing broke the content security policy
+
+
+@pytest.mark.parametrize("wonderland", ["memory"], indirect=True)
+def test_the_pages_of_the_login_are_light_or_dark_and_fit_a_phone(wonderland, two_browsers):
+    port, _, clock = wonderland
+    url, driver = f"http://127.0.0.1:{port}", two_browsers[0]
+    for agent in (IPHONE, WINDOWS, "A-program-with-a-name-that-is-long/1.0"):
+        Person(port, agent).log_in(remember="on")
+    driver.get(url + "/")
+    seen = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        colour = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        seen[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
+    assert seen["light"] > 600 and seen["dark"] < 150
+    phone = {"width": 320, "height": 640, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    width = "return [innerWidth, document.documentElement.scrollWidth]"
+    fingers = "document.querySelectorAll('button, input:not([type=hidden], [type=checkbox])')"
+    heights = f"return [...{fingers}].map(element => element.offsetHeight)"
+    driver.get(url + "/login")
+    assert driver.execute_script(width) == [320, 320]
+    log_in_by_hand(driver, url)
+    assert "A-program" in shown_to(driver)
+    for path, later in (("/devices", 0), ("/address", 0), ("/address", 300)):
+        clock.advance(later)
+        driver.get(url + path)
+        assert driver.execute_script(width) == [320, 320], path
+        assert min(driver.execute_script(heights)) >= 44, path  # a finger's width
+
+
+# Other examples
+# ---------------------------------------------------------------------------
+
+
+def test_a_stream_stops_when_its_session_ends():
+    from examples import streaming
+
+    with on_a_server(streaming.application) as port:
+        visitor = Person(port)
+        visitor.get("/", "POST")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/events", headers={"Cookie": f"sid={visitor.cookies['sid']}"})
+        begun, received = threading.Event(), []
+
+        def read():
+            answer = connection.getresponse()
+            received.append(answer.readline())
+            begun.set()
+            received.append(answer.read())
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        for _ in range(200):  # until the stream has begun to tell
+            visitor.get("/", "POST")
+            if begun.wait(0.05):
+                break
+        assert visitor.get("/", "DELETE").text == "ended\n" and not visitor.cookies
+        reader.join(20)  # a stream whose session lives goes on for a minute
+        connection.close()
+        assert received[0].startswith(b"data: ") and received[1].endswith(b": goodbye\n\n")
+
+
+def test_what_the_cart_keeps_can_be_opened_by_any_program_that_imports_it(tmp_path):
+    """Not only by one that was started like it: __main__.Cart is another class there."""
+    from examples import cart
+
+    path = tmp_path / "cart.sqlite3"
+    process = subprocess.Popen(
+        [sys.executable, "-B", "-m", "examples.cart", "0"],
+        cwd=HERE,
+        env={**os.environ, "CART": str(path), "CART_SECRET": SECRET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        try:
+            visitor = Person(int(re.search(r":(\d+)/", process.stdout.readline())[1]))
+            visitor.get("/", "POST", "thing=tea")
+        finally:
+            process.kill()
+    session = SQLiteStore(path, secret=SECRET).peek(visitor.cookies["sid"])
+    assert cart.ICart(session).things == {"tea": 1}
+
+
+@pytest.mark.parametrize("length", [{}, *({"CONTENT_LENGTH": text} for text in ("", "-1", "x"))], ids=str)
+def test_a_form_of_the_examples_without_a_length_is_empty(length):
+    from examples import read_form
+
+    assert read_form({"wsgi.input": io.BytesIO(b"a=1"), **length}) == {}
+
+
+def test_of_a_form_of_the_examples_the_first_values_and_its_beginning_are_read():
+    from examples import read_form
+
+    body = b"a=1&a=2&b=%C3%A4&c=%FF&d=" + b"x" * 20_000
+    form = read_form({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+    assert (form["a"], form["b"], form["c"]) == ("1", "\u00e4", "\ufffd") and len(form["d"]) < 10_000
+
+
+# The example for Django
+# ---------------------------------------------------------------------------
+
+
+DJANGO = """
+import io, os, textwrap
+from django.test import Client
+from django.test.utils import setup_test_environment
+from examples import django_sessions as project
+from minisess import ISession, SQLiteStore
+
+setup_test_environment()
+
+def under_django(test):
+    test(project, Client())
+"""
+
+
+def under_django(test):
+    """Have *test* run in a process of its own (Django is set up once in each), with the example and a test client."""
+
+    def run(tmp_path):
+        package("django")
+        script = tmp_path / "script.py"
+        script.write_text(f"{DJANGO}\n\n{inspect.getsource(test)}")
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run([sys.executable, "-B", script], env=environ, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run.__name__ = test.__name__
+    return run
+
+
+@under_django
+def test_djangos_test_client_logs_in_as_the_examples_docstring_says(project, client):
+    import django.test
+
+    code = [textwrap.dedent(block) for block in project.__doc__.split("\n\n") if "client." in block]
+    assert len(code) == 2
+    for block in code:
+        names = {"django": django, "STORE": project.STORE, "client": client}
+        exec(block, names)
+        assert names["client"].get("/").content.endswith(b", by alice\n")
+
+
+@under_django
+def test_a_django_view_has_its_visitors_session_in_the_test_client(project, client):
+    first = client.get("/")
+    assert first.content == b"Visits: 1, by nobody\n"
+    assert first["Vary"] == "Cookie" and first["Cache-Control"] == 'no-cache="Set-Cookie"'
+    cookie = first.cookies["sid"]
+    assert cookie["httponly"] and cookie["samesite"] == "Lax" and cookie["path"] == "/" and not cookie["max-age"]
+    second = client.get("/")
+    assert second.content == b"Visits: 2, by nobody\n"
+    assert second["Vary"] == "Cookie" and not second.cookies and not second.has_header("Cache-Control")
+    assert type(client)().get("/").content == b"Visits: 1, by nobody\n"
+    assert type(client)().get("/", secure=True).cookies["__Host-sid"]["secure"]
+
+
+@under_django
+def test_logging_in_and_out_of_django_changes_and_deletes_the_cookie(project, client):
+    client.get("/")
+    planted = client.cookies["sid"].value
+    assert client.post("/login", {"name": "alice", "password": "wrong"}).status_code == 403
+    assert client.post("/login", {"name": "nobody", "password": ""}).status_code == 403
+    assert client.post("/login", {"name": "alice", "password": "wonderland"}).status_code == 303
+    assert client.cookies["sid"].value != planted
+    assert client.get("/").content == b"Visits: 2, by alice\n"
+    uid = client.cookies["sid"].value
+    gone = client.post("/logout")
+    assert gone.cookies["sid"].value == "" and gone.cookies["sid"]["max-age"] == "0"
+    for old in planted, uid:
+        client.cookies["sid"] = old
+        assert client.get("/").content == b"Visits: 1, by nobody\n"
+    strict = type(client)(enforce_csrf_checks=True)
+    assert strict.post("/login", {"name": "alice", "password": "wonderland"}).status_code == 403
+
+
+@under_django
+def test_a_django_stream_lets_the_next_request_in_and_saves_at_its_end(project, client):
+    project.STORE = SQLiteStore(os.path.join(os.path.dirname(__file__), "sessions"), secret="a secret" * 4)
+    assert client.get("/report")["Location"] == "/login"
+    client.post("/login", {"name": "alice", "password": "wonderland"})
+    stream = client.get("/report")
+    assert stream.streaming and stream["Vary"] == "Cookie"
+    assert client.get("/").content == b"Visits: 1, by alice\n"  # before the stream has begun
+    late = client.get("/report")
+    assert b"".join(late.streaming_content) == b"line 1 for alice\nline 2 for alice\nline 3 for alice\n"
+    assert client.get("/").content == b"Visits: 2, by alice, who has read 1 report\n"
+    stream.close()
+    assert client.get("/").content == b"Visits: 3, by alice, who has read 1 report\n"
+
+
+@under_django
+def test_django_views_keep_their_headers_and_one_that_fails_saves_nothing(project, client):
+    from django.http import FileResponse, HttpResponse
+    from django.urls import path
+
+    def boom(request):
+        ISession(request).visits = 100
+        raise LookupError
+
+    def headers(request):
+        ISession(request).visits = 7
+        return HttpResponse("", headers={"Vary": "Accept-Language", "Cache-Control": "private", "X-Own": "1"})
+
+    views = {"boom": boom, "headers": headers, "no": lambda request: HttpResponse("hello")}
+    views["file"] = lambda request: FileResponse(io.BytesIO(str(ISession(request).visits).encode()))
+    project.urlpatterns.extend(path(name, view) for name, view in views.items())
+    assert not client.get("/no").has_header("Vary")  # it didn't ask for the session
+    client.raise_request_exception = False
+    failed = client.get("/boom")
+    assert failed.status_code == 500 and not failed.cookies and len(project.STORE) == 0
+    answer = client.get("/headers")
+    assert (answer["Vary"], answer["Cache-Control"], answer["X-Own"]) == ("Accept-Language, Cookie", "private", "1")
+    assert b"".join(client.get("/file").streaming_content) == b"7"
+
+
+def test_the_django_example_serves_its_pages():
+    package("django")
+    with example("django_sessions") as (_, port):
+        alice, other = Browser(port), Browser(port)
+        assert [alice.get().text, alice.get().text, other.get().text] == [
+            f"Visits: {visits}, by nobody\n" for visits in (1, 2, 1)
+        ]
+        token = re.search('name=csrfmiddlewaretoken value="([^"]+)"', alice.get("/login").text)[1]
+        planted = alice.cookies["sid"]
+        form = {"name": "alice", "password": "wonderland"}
+        assert alice.post("/login", **form).status[:3] == "403"  # without the token
+        answer = alice.post("/login", **form, csrfmiddlewaretoken=token)
+        assert answer["Location"] == "/" and alice.cookies["sid"] != planted
+        assert alice.get("/report").text == "".join(f"line {number} for alice\n" for number in (1, 2, 3))
+        assert alice.get().text == "Visits: 3, by alice, who has read 1 report\n"
+        alice.post("/logout", csrfmiddlewaretoken=token)
+        assert "sid" not in alice.cookies and alice.get().text == "Visits: 1, by nobody\n"
 
 
 # README
@@ -6586,310 +7705,107 @@ def readme():
         return file.read()
 
 
-def readme_blocks():
-    """(section, language, code) of each code block."""
+def readme_blocks(*languages):
+    """(section, language, code) of each code block in these languages."""
     section, blocks = "", []
     for title, language, code in re.findall(r"^#+ ([^\n]*)$|^```(\w*)\n(.*?)^```$", readme(), re.M | re.S):
-        if title:
-            section = title
-        else:
+        section = title or section
+        if not title and language in languages:
             blocks.append((section, language, code))
     return blocks
 
 
-def readme_code(section, language="python"):
-    return next(code for where, kind, code in readme_blocks() if (where, kind) == (section, language))
+def run_readme(places):
+    """Run all of README's Python in one namespace, as somebody would who typed it, and visit each application.
+
+    In a process of its own: Django can be set up only once.
+    """
+    module = sys.modules["readme"] = types.ModuleType("readme")
+    server = types.SimpleNamespace(serve_forever=lambda: None)
+    sys.modules["wsgiref.simple_server"].make_server = lambda host, port, app: setattr(module, "served", app) or server
+    for section, language, code in readme_blocks("python", "pycon"):
+        for there, here in places.items():
+            code = code.replace(there, here)
+        before = [getattr(module, name, None) for name in ("application", "served")]
+        try:
+            if language == "pycon":
+                check_transcript(code, vars(module))
+            else:
+                exec(compile(code, f"README.md, {section}", "exec"), vars(module))
+        except ImportError as error:
+            if os.environ.get("MINISESS_REQUIRE_ALL") or "minisess" in str(error):
+                raise
+            print("left out:", section, error)
+        after = [getattr(module, name, None) for name in ("application", "served")]
+        for application in {new for new, old in zip(after, before, strict=True) if new is not old}:
+            browser = Browser(application)
+            assert [browser.get().text for _ in range(2)] == ["Visits: 1\n", "Visits: 2\n"], section
+        print("ran:", section)
 
 
-@pytest.fixture
-def page(monkeypatch):
-    """A module in which README's first program was run."""
-    module = types.ModuleType("readme")
-    monkeypatch.setitem(sys.modules, "readme", module)
-    exec(readme_code("minisess"), vars(module))
-    return module
+def check_transcript(code, names):
+    """In a request that has a session."""
 
-
-def counts(application):
-    visitor = Browser(application)
-    return [visitor.get().text for _ in range(2)] == [f"You were here {n} times.\n" for n in (1, 2)]
-
-
-def check_first_program(page):
-    assert counts(SessionMiddleware(page.app))
-
-
-def check_stub(page):
-    assert issubclass(page.IBasket, Interface)
-
-
-def check_application(page):
-    assert counts(page.application)
-
-
-def check_login(page):
-    page.ICurrentUser = types.new_class("ICurrentUser", (Interface,))
-    page.store = MemoryStore()
-
-    def application(environ, start_response):
-        session, path = ISession(environ), environ["PATH_INFO"]
-        if path == "/in":
-            page.log_in(environ, "ann")
-        elif path == "/out":
-            page.log_out(environ)
-        elif path == "/everywhere":
-            page.log_out_everywhere(environ)
-        return plain(start_response, page.ICurrentUser(session, "nobody"))
-
-    here, there = [Browser(wrap(application, page.store)) for _ in range(2)]
-    assert [here.get("/in").text, there.get("/in").text] == ["ann", "ann"]
-    here.get("/everywhere")
-    assert [here.get().text, there.get().text] == ["ann", "nobody"]
-    here.get("/out")
-    assert here.get().text == "nobody" and len(page.store) == 0
-
-
-def check_report(page):
-    store = MemoryStore()
-    held = []
-
-    def make_report(wanted):
-        other = store.open(visitor.cookies["sid"], patience=0)
-        held.append(other.wanted)
-        store.release(other)
-        return [wanted.encode()]
-
-    def application(environ, start_response):
-        ISession(environ).wanted = "some"
-        return page.report(environ, start_response)
-
-    page.make_report = make_report
-    visitor = Browser(wrap(counter_app, store))
-    visitor.get()
-    visitor.application = SessionMiddleware(application, store)
-    assert visitor.get().text == "some" and held == ["some"]
-
-
-def check_upload(page):
-    clock = Clock()
-    store = MemoryStore(clock=clock)
-    session = store.create(60, 600)
-    path = page.IUpload(session).path
-    store.save(session)
-    assert os.path.isdir(path)
-    clock.advance(60)
-    assert store.open(session.uid) is None and not os.path.exists(path)
-
-
-def check_own_store(page):
-    assert counts(SessionMiddleware(page.app, page.DictStore(secret=SECRET)))
-
-
-PROGRAMS = {
-    "minisess": check_first_program,
-    "How to read `IFoo(session)`": check_stub,
-    "Plain WSGI": check_application,
-    "Logging in and out": check_login,
-    "Long answers": check_report,
-    "When sessions end": check_upload,
-    "Writing a store": check_own_store,
-}
-FRAMEWORKS = ["Flask", "Bottle", "Django", "Pyramid"]
-
-
-@pytest.mark.parametrize("section", PROGRAMS)
-def test_a_program_in_the_readme_does_what_it_says(section, page):
-    exec(readme_code(section), vars(page))
-    PROGRAMS[section](page)
-
-
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_recipe_in_the_readme_is_a_whole_program(framework, tmp_path):
-    """In a process of its own: Django can be set up only once."""
-    package(framework.lower())
-    visits = """
-from urllib.request import Request, urlopen
-import threading
-server = make_server("127.0.0.1", 0, application)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-url, cookie = f"http://127.0.0.1:{server.server_port}/", ""
-for _ in range(2):
-    with urlopen(Request(url, headers={"Cookie": cookie})) as answer:
-        cookie = answer.headers.get("Set-Cookie", cookie).partition(";")[0]
-        print(answer.read().decode(), end="")
-server.shutdown()
-"""
-    program = tmp_path / "recipe.py"
-    start = readme_code("minisess").partition("if __name__")[0]
-    program.write_text(start + readme_code(framework) + visits)
-    path = os.pathsep.join([HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "You were here 1 times.\nYou were here 2 times.\n", done.stderr
-
-
-def test_the_transcript_of_adaptation_in_the_readme_is_true(page):
     def app(environ, start_response):
-        page.environ = environ
-        code = readme_code("How to read `IFoo(session)`", "pycon")
-        test = doctest.DocTestParser().get_doctest(code, vars(page), "README", None, 0)
-        results.append(doctest.DocTestRunner().run(test, out=said.append))
+        names["environ"] = environ
+        test = doctest.DocTestParser().get_doctest(code, names, "README.md", None, 0)
+        assert doctest.DocTestRunner(verbose=False).run(test).failed == 0
         return plain(start_response)
 
-    results, said = [], []
     Browser(wrap(app)).get()
-    assert results[0].attempted > 8 and said == []
 
 
-def test_the_stub_in_the_readme_satisfies_mypy(tmp_path):
-    package("mypy")
-    stub = readme_code("How to read `IFoo(session)`")
-    dots = stub.replace("raise NotImplementedError", "...")
-    found = {}
-    for name, text in (("stub", stub), ("dots", dots), ("told", '# mypy: disable-error-code="empty-body"\n' + dots)):
-        (tmp_path / f"{name}.py").write_text(text.replace("class", "from minisess import Interface\n\nclass", 1))
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--cache-dir",
-        tmp_path / "cache",
-        "stub.py",
-        "dots.py",
-        "told.py",
-    ]
-    folder = os.path.dirname(minisess.__file__)
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": folder}, capture_output=True, text=True)
-    found = sorted(re.findall(r"^(\w+)\.py:\d+: error: .*\[(.*)\]", done.stdout, re.M))
-    assert found == [("dots", "empty-body")], done.stdout + done.stderr
+def test_the_code_in_the_readme_runs_block_by_block(tmp_path, redis_server, postgres_server):
+    places = {
+        "/var/lib/app/": f"{tmp_path}/",
+        "redis://sessions.internal": f"redis://127.0.0.1:{redis_server.address}",
+        "host=sessions.internal dbname=app": str(postgres_server.address),
+    }
+    command = [sys.executable, "-c", f"import test_minisess as t; t.run_readme({places!r})"]
+    environment = {**os.environ, "SECRET": SECRET}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert done.stdout.count("ran: ") == len(readme_blocks("python", "pycon")) > 5
 
 
-def test_each_store_of_the_readme_serves_the_same_application(
-    page, tmp_path, monkeypatch, redis_server, postgres_server
-):
-    code = readme_code("Stores")
-    for there, here in (
-        ("/var/lib/app/sessions.sqlite3", str(tmp_path / "sessions.sqlite3")),
-        ("redis://sessions.internal", f"redis://127.0.0.1:{redis_server.address}"),
-        ("host=sessions.internal dbname=app", postgres_server.address),
-    ):
-        assert there in code
-        code = code.replace(there, here)
-    monkeypatch.setenv("SECRET", SECRET)
-    exec(code, vars(page))
-    try:
-        lines = re.findall(r"^store = (.*)$", code, re.M)
-        assert len(lines) == 4
-        for line in lines:
-            page.store = eval(line, vars(page))
-            assert counts(SessionMiddleware(page.app, page.store)), line
-        page.store = None
-    finally:
-        page.pool.close()
-
-
-class TestReadmeStore(StoreContract):
-    """The store that README writes keeps what all stores promise."""
-
-    steps, seeds = 100, (1,)
-
-    @pytest.fixture(autouse=True)
-    def _page(self, page):
-        self.page = page
-        exec(readme_code("Writing a store"), vars(page))
-
-    def make_store(self, clock, **options):
-        return self.page.DictStore(clock=clock, **{"secret": SECRET, **options})
-
-
-def test_the_readmes_partitioned_table_serves_sessions(postgres_server):
-    psycopg = package("psycopg")
-    with psycopg.connect(postgres_server.address, autocommit=True) as admin:
-        admin.execute("CREATE SCHEMA partitions")
-    connection = psycopg.connect(postgres_server.address + " options=-csearch_path=partitions", autocommit=True)
-    with connection:
-        for statement in readme_code("How much one server carries, on paper", "sql").split(";")[:-1]:
-            connection.execute(statement)
-        clock = Clock()
-        store = PostgresStore(lambda: contextlib.nullcontext(connection), secret=SECRET, clock=clock)
-        for owner in ["ann"] * 20 + ["bob"]:
-            session = store.create(60, 600)
-            session.login(owner)
-            store.save(session)
-        assert len(store) == 21
-        for number in range(4):
-            assert connection.execute(f"SELECT count(*) FROM minisess_{number}").fetchone()[0] > 0
-        assert store.open(session.uid).owner == "bob"
-        assert store.expireAll("ann") == 20
-        clock.advance(601)
-        assert store.sweep() == 1 and len(store) == 0
-
-
-def test_the_transcript_with_curl_in_the_readme_is_true(tmp_path):
+def test_the_transcripts_with_curl_in_the_readme_are_true(tmp_path):
     program("curl")
     with example("counter") as (_, port):
-        said = ""
-        transcript = readme_code("minisess", "console")
-        for line in re.findall(r"^\$ (.*)$", transcript, re.M):
-            command = line.replace("curl", "curl -s").replace(":8000", f":{port}").split()
-            said += f"$ {line}\n{subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout}"
-    assert said == transcript
+        for _, _, transcript in readme_blocks("console"):
+            said = ""
+            for line in re.findall(r"^\$ (.*)$", transcript, re.M):
+                command = shlex.split(line.replace("curl", "curl -s").replace(":8000", f":{port}"))
+                said += f"$ {line}\n{subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout}"
+            assert said == transcript
 
 
 def test_the_commands_in_the_readme_work():
-    def output(line):
-        command = [sys.executable, *shlex.split(line)[1:]]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60, check=True).stdout
-
-    lines = [line for _, language, code in readme_blocks() if language == "sh" for line in code.splitlines()]
-    assert len(lines) == 5
+    lines = [line for _, _, code in readme_blocks("sh") for line in code.splitlines()]
+    assert lines
     for line in lines:
         if line.startswith("python3 -c"):
-            assert re.fullmatch(r"[0-9a-f]{64}\n", output(line))
-        elif line.startswith("python3 -m examples.benchmark"):
-            assert "--json" in output(line + " --help")
-        else:
-            # The counter is tried above, the package below, and .ci/run runs the tests with this line.
-            assert line in ("python3 -m examples.counter", "pip install .") or line.startswith(
-                "python3 -m venv .venv && "
+            assert re.fullmatch(
+                r"[0-9a-f]{64}\n", subprocess.check_output([sys.executable, *shlex.split(line)[1:]], text=True)
             )
+        elif line.startswith("python3 -m examples."):
+            assert line.split()[2].partition(".")[2] in [*EXAMPLES, "benchmark"]
 
 
-def test_all_code_in_the_readme_is_tried():
-    tried = {(section, "python") for section in [*PROGRAMS, *FRAMEWORKS, "Stores"]}
-    tried |= {("How to read `IFoo(session)`", "pycon"), ("How much one server carries, on paper", "sql")}
-    tried |= {("minisess", "console"), ("A request's way through the file", "text")}
-    blocks = [(section, language) for section, language, _ in readme_blocks() if language != "sh"]
-    assert sorted(blocks) == sorted(tried)
-
-
-def test_the_readmes_diagram_names_the_modules_sections():
-    diagram = readme_code("A request's way through the file", "text")
-    sections = re.findall(r"^# (.+)\n# -{75}$", inspect.getsource(minisess), re.M)
-    assert sections == "Errors,Interfaces,Components,Sessions,Memory store,Persistent stores,Cookies,WSGI".split(",")
-    for title in sections[1:]:
-        assert title in diagram
-
-
-def test_the_readmes_tables_tell_all_options_and_all_names():
-    text = readme()
-    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|", text.partition("### Options")[2].partition("\n## ")[0], re.M))
-    options = {name.strip("` "): value for names, value in rows.items() for name in names.split(", ")}
+def test_the_readmes_table_tells_all_options_and_their_defaults():
+    options = {}
+    for names, value in re.findall(r"^\| ([^|]+) \| ([^|]+) \|", readme(), re.M):
+        options.update((name.strip("` "), value) for name in names.split(", "))
     for name, parameter in list(inspect.signature(SessionMiddleware).parameters.items())[1:]:
         assert name in options, name
         if name not in ("store", "domain", "path"):
-            assert options[name] == f"`{parameter.default!r}`".replace("'", '"') or options[name] == str(
-                parameter.default
-            )
-    names = re.findall(r"\w+", text.partition("## API at a glance")[2])
-    assert set(minisess.__all__) <= set(names)
+            assert options[name].strip("`").replace('"', "'").partition(" ")[0] == repr(parameter.default), name
 
 
 def test_the_readmes_links_lead_somewhere():
+    titles = re.findall(r"^#+ (.*)$", readme(), re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", readme()):
-        assert os.path.exists(os.path.join(HERE, target)), target
+        assert target.removeprefix("#") in anchors or os.path.exists(os.path.join(HERE, target)), target
 
 
 # What a newcomer meets
@@ -6900,117 +7816,113 @@ class INever(Interface):
     pass
 
 
-class Undeclared:
+class Unstorable:
     pass
 
 
-def fail_without_middleware(tmp_path):
-    ISession({"PATH_INFO": "/"})
+def session_(store=None):
+    return (MemoryStore() if store is None else store).create(60, 600)
 
 
-def fail_without_adapter(tmp_path):
-    INever(MemoryStore().create(60, 600))
+def kept_in_sqlite(tmp_path, **attributes):
+    session = session_(SQLiteStore(tmp_path / "db", secret=SECRET))
+    for name, value in attributes.items():
+        setattr(session, name, value)
+    session.release()
 
 
-def fail_registering_twice(tmp_path):
-    registerAdapter(Counter, Session, ICounter)
-
-
-def fail_storing(tmp_path):
-    store = SQLiteStore(tmp_path / "db", secret=SECRET)
-    session = store.create(60, 600)
-    session.setComponent(INever, Undeclared())
-    store.save(session)
-
-
-def fail_storing_a_lock(tmp_path):
-    store = SQLiteStore(tmp_path / "db", secret=SECRET)
-    session = store.create(60, 600)
-    session.guard = threading.Lock()
-    store.save(session)
-
-
-def fail_without_secret(tmp_path):
-    SQLiteStore(tmp_path / "db")
-
-
-def fail_with_short_secret(tmp_path):
-    SQLiteStore(tmp_path / "db", secret="hunter2")
-
-
-def fail_after_the_headers(tmp_path):
-    def app(environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        yield b"too early"
-        ISession(environ).late = True
-
-    Browser(wrap(app)).get()
-
-
-def fail_nesting(tmp_path):
-    inner = SessionMiddleware(counter_app, MemoryStore())
-    Browser(SessionMiddleware(inner, MemoryStore())).get()
-
-
-def fail_without_argument(tmp_path):
-    ICounter()
-
-
-def fail_setting_a_field(tmp_path):
-    MemoryStore().create(60, 600).owner = "ann"
-
-
-def fail_hiding_a_method(tmp_path):
-    MemoryStore().create(60, 600).touch = 1
-
-
-def fail_implementing_a_class(tmp_path):
-    implementer(Counter)
-
-
-def fail_without_a_folder(tmp_path):
-    SQLiteStore(tmp_path / "missing" / "db", secret=SECRET)
-
-
-def fail_with_a_connection(tmp_path):
-    PostgresStore(object(), secret=SECRET)
-
-
-def fail_with_no_store(tmp_path):
-    SessionMiddleware(counter_app, "sessions.db")
-
-
-def fail_waiting(tmp_path):
-    store = MemoryStore()
-    session = store.create(60, 600)
+def in_use(store):
+    session = session_(store)
     session.here = True
     store.save(session)
-    store.open(session.uid)
-    store.open(session.uid, patience=0)
+    session = store.open(session.uid)
+    return store.open(session.uid, patience=0), session
 
 
-@pytest.mark.parametrize(
-    "mistake, error, advice",
-    [
-        (fail_without_middleware, CannotAdapt, ["dict to ISession", "wrap the application in SessionMiddleware"]),
-        (fail_without_adapter, CannotAdapt, ["registerAdapter(factory, Session, INever)", "INever(obj, None)"]),
-        (fail_registering_twice, DuplicateAdapter, ["Session", "ICounter", "registry.unregister"]),
-        (fail_storing, NotStorable, ["INever", "Undeclared", "@storable", "MemoryStore"]),
-        (fail_storing_a_lock, NotStorable, ["attribute guard", "lock", "__getstate__"]),
-        (fail_without_secret, TypeError, ["'secret'"]),
-        (fail_with_short_secret, ValueError, ["16 bytes, not 7", "secrets.token_hex(32)"]),
-        (fail_after_the_headers, SessionError, ["headers have left", "before the first piece of the body"]),
-        (fail_nesting, SessionError, ["two SessionMiddlewares", "'sid'", "different stores", "cookie="]),
-        (fail_without_argument, TypeError, ["ICounter() needs the object to adapt", "ICounter(session)"]),
-        (fail_setting_a_field, AttributeError, ["session.owner", "session.login(owner)"]),
-        (fail_hiding_a_method, AttributeError, ["session.touch", "another name"]),
-        (fail_implementing_a_class, TypeError, ["Counter", "isn't an interface", "subclass minisess.Interface"]),
-        (fail_without_a_folder, StoreError, ["SQLiteStore", "unable to open database file"]),
-        (fail_with_a_connection, TypeError, ["ConnectionPool(...).connection"]),
-        (fail_with_no_store, CannotAdapt, ["str to IStore"]),
-        (fail_waiting, SessionBusy, ["session.release()", "patience="]),
-    ],
-)
+def of_a_look(change):
+    session = session_()
+    session.login("ann")
+    session._store.save(session)
+    change(session._store.peek(session.uid))
+
+
+NESTED = SessionMiddleware(SessionMiddleware(counter_app, MemoryStore()), MemoryStore())
+TOO_LATE = script("200 OK", ..., b"too early", count)
+MONTH = 30 * 86400
+
+# What somebody does (p is a folder), what is raised, and what that says.
+MISTAKES = [
+    (lambda p: ISession({"PATH_INFO": "/"}), CannotAdapt, ["dict to ISession", "in SessionMiddleware"]),
+    (lambda p: INever(session_()), CannotAdapt, ["registerAdapter(factory, Session", "INever(obj, None)"]),
+    (lambda p: ICounter(), TypeError, ["ICounter() needs the object to adapt", "ICounter(session)"]),
+    (lambda p: ISession(default=None), TypeError, ["ISession() needs the object to adapt"]),
+    # Interfaces and adapters
+    (lambda p: registerAdapter(Counter, Session, ICounter), DuplicateAdapter, ["ICounter", "registry.unregister"]),
+    (lambda p: registerAdapter(IBird, Session, IAnimal), TypeError, ["is an interface", "@implementer(IAnimal)"]),
+    (lambda p: registerAdapter("Counter", Session, INever), TypeError, ["'Counter' can't be called"]),
+    (lambda p: registerAdapter(Counter, "Session", INever), TypeError, ["an interface, not for 'Session'"]),
+    (lambda p: registerAdapter(Counter, Session), TypeError, ["at least one interface"]),
+    (lambda p: minisess.InterfaceMeta("IX", (IBird, int), {}), TypeError, ["can only extend interfaces, not int"]),
+    (lambda p: implementer(Counter), TypeError, ["Counter", "@implementer(IFoo)", "minisess.Interface"]),
+    (lambda p: implementer("IBird"), TypeError, ["'IBird' isn't an interface", "minisess.Interface"]),
+    (lambda p: implementer(IPet)(IBird), TypeError, ["decorates classes", "IBird"]),
+    (lambda p: implementer(IPet)(5), TypeError, ["decorates classes, 5 isn't one"]),
+    (lambda p: implementedBy(Counter(None)), TypeError, ["takes a class", "providedBy(obj)"]),
+    (lambda p: storable(Counter(None)), TypeError, ["storable decorates classes"]),
+    # Sessions
+    (lambda p: session_().getComponent("x"), TypeError, ["'x' isn't an interface"]),
+    (lambda p: session_().getComponent(Counter), TypeError, ["Counter", "isn't an interface"]),
+    (lambda p: session_().setComponent(Counter, 1), TypeError, ["Counter", "isn't an interface"]),
+    (lambda p: session_().setComponent(IPet, None), TypeError, ["unsetComponent(IPet)"]),
+    (lambda p: setattr(session_(), "owner", "ann"), AttributeError, ["session.owner", "session.login(owner)"]),
+    (lambda p: setattr(session_(), "touch", 1), AttributeError, ["session.touch", "another name"]),
+    (lambda p: delattr(session_(), "uid"), AttributeError, ["session.uid", "session.renew()"]),
+    (lambda p: session_()["x"], TypeError, ["session.x", "attributes"]),
+    (lambda p: operator.setitem(session_(), "x", 1), TypeError, ["session.x", "attributes"]),
+    (lambda p: session_().get("x"), AttributeError, ['getattr(session, "name", None)']),
+    (lambda p: session_().items(), AttributeError, ["vars(session)"]),
+    (lambda p: session_().clear(), AttributeError, ["session.expire()"]),
+    (lambda p: session_().flush(), AttributeError, ["session.expire()"]),
+    (lambda p: session_().cycle_key(), AttributeError, ["session.renew()"]),
+    (lambda p: session_().save(), AttributeError, ["saved by itself"]),
+    (lambda p: setattr(session_(), "modified", True), AttributeError, ["saved by itself"]),
+    (lambda p: setattr(session_(), "permanent", True), AttributeError, ["remember=", "persistent=True"]),
+    (lambda p: session_().nothing, AttributeError, ["'nothing'"]),
+    (lambda p: session_().login(""), TypeError, ["isn't empty, not ''"]),
+    (lambda p: session_().login(5), TypeError, ["isn't empty, not 5"]),
+    (lambda p: session_().setLifetime(601), ValueError, ["remember=", "SessionMiddleware(max_lifetime=)"]),
+    (lambda p: session_().setLifetime(True), ValueError, ["a positive number of seconds", "True"]),
+    (lambda p: session_().notifyOnExpire("x"), TypeError, ["called without arguments", "'x'"]),
+    (lambda p: of_a_look(lambda look: setattr(look, "x", 1)), AttributeError, ["ISession(environ)"]),
+    (lambda p: of_a_look(lambda look: look.setComponent(IPet, 1)), AttributeError, ["ISession(environ)"]),
+    (lambda p: of_a_look(lambda look: look.login("bob")), AttributeError, ["ISession(environ)"]),
+    # Stores
+    (lambda p: in_use(MemoryStore()), SessionBusy, ["session.release()", "patience="]),
+    (lambda p: MemoryStore(capacity=0), ValueError, ["capacity", "1 or more, not 0"]),
+    (lambda p: MemoryStore().expireAll(None), TypeError, ["not None", "store.clear()"]),
+    (lambda p: MemoryStore().sessions(None), TypeError, ["not None"]),
+    (lambda p: kept_in_sqlite(p, x=Unstorable()), NotStorable, ["attribute x", "Unstorable", "@stor"]),
+    (lambda p: kept_in_sqlite(p, guard=threading.Lock()), NotStorable, ["attribute guard", "__getstate__"]),
+    (lambda p: SQLiteStore(p / "db"), TypeError, ["secret"]),
+    (lambda p: SQLiteStore(p / "db", secret="hunter2"), ValueError, ["not 7", "secrets.token_hex(32)"]),
+    (lambda p: SQLiteStore(p / "db", secret=5), TypeError, ["a str or bytes, not int"]),
+    (lambda p: SQLiteStore(p / "db", secret=[]), ValueError, ["at least one secret"]),
+    (lambda p: SQLiteStore(p / "missing" / "db", secret=SECRET), StoreError, ["missing/db", "No such file"]),
+    (lambda p: PostgresStore(object(), secret=SECRET), TypeError, ["ConnectionPool", ".connection"]),
+    (lambda p: PostgresStore("host=x", secret=SECRET), TypeError, ["'host=x'", "ConnectionPool('host=...')"]),
+    (lambda p: RedisStore("redis://x", secret=SECRET), TypeError, ["from_url('redis://...'), not 'redis://x'"]),
+    # The middleware
+    (lambda p: SessionMiddleware(counter_app, MemoryStore), TypeError, ["is a class", "MemoryStore(...)"]),
+    (lambda p: SessionMiddleware(counter_app, "x.sqlite3"), TypeError, ["SQLiteStore('x.sqlite3', secret="]),
+    (lambda p: SessionMiddleware(counter_app, 5), CannotAdapt, ["int to IStore"]),
+    (lambda p: SessionMiddleware("app"), TypeError, ["'app' isn't a WSGI application"]),
+    (lambda p: SessionMiddleware(counter_app, lifetime=MONTH), ValueError, ["max_lifetime=", "2.592e+06"]),
+    (lambda p: Browser(wrap(TOO_LATE)).get(), SessionError, ["headers have left", "before the first"]),
+    (lambda p: Browser(NESTED).get(), SessionError, ["'sid'", "different stores", "cookie="]),
+]
+
+
+@pytest.mark.parametrize("mistake, error, advice", MISTAKES, ids=[advice[0] for *_, advice in MISTAKES])
 def test_an_error_says_what_to_do(mistake, error, advice, tmp_path):
     with pytest.raises(error) as caught:
         mistake(tmp_path)
@@ -7018,69 +7930,77 @@ def test_an_error_says_what_to_do(mistake, error, advice, tmp_path):
         assert words in str(caught.value)
 
 
+def test_a_name_is_in_a_session_if_there_is_such_an_attribute():
+    session = session_()
+    assert "colour" not in session
+    session.colour = "red"
+    assert "colour" in session and "owner" not in session and ICounter not in session
+
+
 def test_every_public_name_is_documented():
     undocumented = []
     for name in minisess.__all__:
         each = getattr(minisess, name)
-        if not inspect.getdoc(each):
+        if callable(each) and not inspect.getdoc(each):
             undocumented.append(name)
         for attribute, value in vars(each).items() if inspect.isclass(each) else ():
             # Session tells what ISession's methods do, and IStore what those of stores do.
-            places = [getattr(place, attribute, None) for place in (each, Session, IStore, PersistentStore)]
-            public = not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
-            if public and not any(map(inspect.getdoc, filter(None, places))):
+            places = [getattr(place, attribute, None) for place in (each, IStore, PersistentStore)]
+            told = any(place.__doc__ for place in places if place is not None)
+            plain_data = isinstance(value, (types.MemberDescriptorType, str, int, float)) or not any(places)
+            if not attribute.startswith("_") and not plain_data and not told:
                 undocumented.append(f"{name}.{attribute}")
     assert undocumented == []
 
 
-def test_help_reads_well():
+def test_help_reads_well_and_editors_show_what_an_interface_is_called_with():
     text = pydoc.render_doc(minisess, renderer=pydoc.plaintext)
     assert text.splitlines()[3].strip().startswith("minisess - Server-side sessions")
-    assert not re.search(r"<(object|function|class) .* at 0x", text)
+    assert not re.search(r"<(object|function|class) .* at 0x|_Missing", text)
+    assert str(inspect.signature(ISession)) == str(inspect.signature(ICounter)) == "(obj=..., default=...)"
+    about_login = pydoc.render_doc(Session.login, renderer=pydoc.plaintext)
+    assert "login(self, owner: str, remember: float | None = None)" in about_login.replace("'", "")
 
 
 def test_the_docstrings_code_runs():
     assert doctest.testmod(minisess).failed == 0
-    example = minisess.__doc__.partition("::\n\n")[2].partition("\nThe vocabulary")[0]
-    names = {"__name__": "docstring"}
-    exec(textwrap.dedent(example), names)
-    assert isinstance(names["application"], SessionMiddleware)
+    blocks = re.findall(r"::\n\n((?:(?: {4}.*)?\n)+)", minisess.__doc__)
+    names = {"__name__": "docstring", "__builtins__": __builtins__}
+    exec("from minisess import *\n" + textwrap.dedent(blocks[0]), names)
+    session = session_()
+    exec(textwrap.dedent(blocks[1]).replace("ISession(environ)", "session"), {**names, "session": session})
+    assert isinstance(names["application"], SessionMiddleware) and "ICounter" in repr(session)
 
 
 # The package
 # ---------------------------------------------------------------------------
 
 
-def test_the_wheel_and_the_source_package_contain_what_they_should(tmp_path):
+def test_the_wheel_made_of_the_source_package_is_the_module_with_its_types(tmp_path):
     package("build")
-    import importlib.metadata
-
-    if int(importlib.metadata.version("setuptools").partition(".")[0]) < 61:
-        missing("setuptools is older than 61")
+    package("hatchling")
+    if not os.path.exists(os.path.join(HERE, "pyproject.toml")):
+        pytest.skip("this isn't a checkout")
     source, dist, installed = tmp_path / "source", tmp_path / "dist", tmp_path / "installed"
-    source.mkdir()
-    for name in ("minisess.py", "README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml"):
-        if not os.path.exists(os.path.join(HERE, name)):
-            pytest.skip("this isn't a checkout")
-        shutil.copy(os.path.join(HERE, name), source)
+    shutil.copytree(HERE, source, ignore=shutil.ignore_patterns(".git", "*cache*", "*.egg-info"))
     # Both from the checkout and nothing but it: no network, no build isolation.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     wheel, archive = [next(dist.glob(f"*.{kind}")) for kind in ("whl", "tar.gz")]
-    version = minisess.__version__
-    assert wheel.name == f"minisess-{version}-py3-none-any.whl"
-    info = f"minisess-{version}.dist-info"
-    files = ["METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"]
+    assert wheel.name == f"minisess-{minisess.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as opened:
-        assert sorted(opened.namelist()) == sorted(["minisess.py", *(f"{info}/{name}" for name in files)])
-        metadata = opened.read(f"{info}/METADATA").decode()
+        names = {name for name in opened.namelist() if ".dist-info/" not in name}
+        metadata = opened.read(f"minisess-{minisess.__version__}.dist-info/METADATA").decode()
+    assert names == {"minisess.py", "minisess-stubs/__init__.pyi"}
     assert "Requires-Dist" not in metadata and "Requires-Python: >=3.10" in metadata
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    assert {"minisess.py", "README.md", "LICENSE", "pyproject.toml", "PKG-INFO"} <= names
+    expected = "minisess.py test_minisess.py README.md LICENSE CHANGELOG.md pyproject.toml PKG-INFO examples/counter.py"
+    assert set(expected.split()) <= names
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", installed, wheel]
     subprocess.run(pip, check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": "", "MYPYPATH": str(installed)}
     ask = [sys.executable, "-c", "import minisess; print(minisess.__file__)"]
-    told = subprocess.run(ask, cwd=installed, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    told = subprocess.run(ask, cwd=installed, env=environment, capture_output=True, text=True)
     assert told.stdout.strip() == str(installed / "minisess.py")

@@ -15,9 +15,8 @@ Kill either with -9: nothing that was answered is lost.
 import os
 import tempfile
 from collections import Counter
-from urllib.parse import parse_qs
 
-from examples import serve
+from examples import read_form, serve
 from minisess import Interface, ISession, Session, SessionMiddleware, SQLiteStore, implementer, registerAdapter
 
 
@@ -42,9 +41,9 @@ registerAdapter(Cart, Session, ICart)
 def app(environ, start_response):
     cart = ICart(ISession(environ))
     if environ["REQUEST_METHOD"] == "POST":
-        body = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), 1000))
-        for thing in parse_qs(body.decode()).get("thing", []):
-            cart.put(thing)
+        form = read_form(environ)
+        if "thing" in form:
+            cart.put(form["thing"])
     elif environ["REQUEST_METHOD"] == "DELETE":
         ISession(environ).unsetComponent(ICart)
         cart = ICart(ISession(environ))  # a new one
@@ -61,4 +60,7 @@ store = SQLiteStore(
 application = SessionMiddleware(app, store, lifetime=7 * 86400, max_lifetime=None, persistent=True)
 
 if __name__ == "__main__":
+    # A store keeps classes by name, and __main__.Cart isn't one that other programs could import.
+    from examples.cart import application
+
     serve(application)

@@ -2,9 +2,9 @@
 
 python3 -m examples.counter
 
-curl -c jar -b jar http://127.0.0.1:8000/       You were here 1 times.
-curl -c jar -b jar http://127.0.0.1:8000/       You were here 2 times.
-curl http://127.0.0.1:8000/                     You were here 1 times.      (someone else)
+curl -c jar -b jar http://127.0.0.1:8000/       Visits: 1
+curl -c jar -b jar http://127.0.0.1:8000/       Visits: 2
+curl http://127.0.0.1:8000/                     Visits: 1      (someone else)
 """
 
 import sys
@@ -33,7 +33,7 @@ def app(environ, start_response):
     counter = ICounter(ISession(environ))  # made on first use, the same object ever after
     counter.hits += 1
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"You were here {counter.hits} times.\n".encode()]
+    return [f"Visits: {counter.hits}\n".encode()]
 
 
 application = SessionMiddleware(app)

@@ -11,9 +11,8 @@ curl -c jar -b jar http://127.0.0.1:8000/                                   ... 
 from hmac import compare_digest
 from html import escape
 from secrets import token_urlsafe
-from urllib.parse import parse_qs
 
-from examples import serve
+from examples import read_form, serve
 from minisess import Interface, ISession, Session, SessionMiddleware, implementer, registerAdapter
 
 
@@ -35,7 +34,7 @@ class Token:
         return f'<input type=hidden name=token value="{self.value}">'
 
     def check(self, form):
-        return compare_digest(form.get("token", [""])[0].encode(), self.value.encode())
+        return compare_digest(form.get("token", "").encode(), self.value.encode())
 
 
 registerAdapter(Token, Session, IToken)
@@ -46,11 +45,11 @@ def app(environ, start_response):
     said = getattr(session, "said", [])
     html = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")]
     if environ["REQUEST_METHOD"] == "POST":
-        form = parse_qs(environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), 5000)).decode())
-        if not IToken(session).check(form):
+        form = read_form(environ)
+        if IToken not in session or not IToken(session).check(form):
             start_response("403 Forbidden", html)
             return [b"<!doctype html><title>No</title><p>This didn't come from our form.\n"]
-        session.said = [*said, *form.get("said", [])][-10:]
+        session.said = [*said, form.get("said", "...")][-10:]
         start_response("303 See Other", [*html, ("Location", "/")])
         return [b""]
     start_response("200 OK", html)

@@ -1,141 +1,149 @@
-"""A store of your own: sessions in plain files, for all processes of one machine (with POSIX locks).
+"""How to write a store: sessions in plain files, one a record, for all processes of one machine (POSIX).
 
-A store is nine operations on ``(key, record)``; sealing, holding, merging, expiry and callbacks
-come from PersistentStore.  Each operation is atomic as it holds a lock on the folder, and whoever
-is killed leaves the old file or the new one, as os.replace is atomic.  A file's time of
-modification is the deadline of its session, so that looking for due ones reads no others.
+A store sees no sessions: sealing, merging, expiry and callbacks come from PersistentStore, which hands
+over bytes and takes them back.  What the operations below promise it:
+
+- Each happens whole or not at all, whoever else is at work or killed: who writes holds a lock on the
+  folder, and writes beside the old file, which is then replaced at once.
+- Beside a record stand *due*, when to look at it; *owner*, to find it by; *holder* and *until*: the
+  token of who held it last, and until when (UNIX time) nobody else may.
+- Where a record has moved from, a tombstone stays for a minute: a zero byte, and when that ends.
+- Not promised: that what is saved outlives a power cut (that takes an os.fsync in `put`).  Looking at
+  each file is well for some thousand sessions; for more, SQLiteStore has indexes.
 
     python3 -m examples.file_store
-
-    curl -c jar -b jar http://127.0.0.1:8000/       You were here 1 times.
+    curl -c jar -b jar http://127.0.0.1:8000/       Visits: 1
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import pathlib
 import tempfile
 
 from examples import serve
-from minisess import (
-    HELD,
-    Interface,
-    ISession,
-    PersistentStore,
-    Session,
-    SessionMiddleware,
-    implementer,
-    registerAdapter,
-)
+from examples.counter import app
+from minisess import HELD, PersistentStore, SessionMiddleware
 
 
 class FileStore(PersistentStore):
     def __init__(self, folder, **options):
         super().__init__(**options)
-        self.folder = folder
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def locked(self):
-        with open(os.path.join(self.folder, ".lock"), "wb") as lock:
+        with open(self.folder / ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:  # Closing isn't enough if another thread forked: the child has the file open, too.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     def get(self, key):
-        """The meta data and the record of *key*; both None if there is no such file."""
-        try:
-            with open(os.path.join(self.folder, key), "rb") as file:
-                return json.loads(file.readline()), file.read()
-        except FileNotFoundError:
-            return None, None
+        """The record and what stands beside it.  Needs no lock: it is that of the old file or of the new one."""
+        with contextlib.suppress(FileNotFoundError), open(self.folder / key, "rb") as file:
+            beside = json.loads(file.readline())
+            return file.read(), beside
+        return None, {"holder": None, "until": 0}
 
-    def put(self, key, record, expires, **meta):
-        new, old = os.path.join(self.folder, ".new"), os.path.join(self.folder, key)
-        with open(new, "wb") as file:
-            file.write(json.dumps({"expires": expires, **meta}).encode() + b"\n" + record)
-        os.utime(new, (0, min(expires, 2**33)))
-        os.replace(new, old)
+    def put(self, key, record, due, owner, holder="", until=0):
+        beside, new = {"due": due, "owner": owner, "holder": holder, "until": until}, self.folder / ".new"
+        new.write_bytes(json.dumps(beside).encode() + b"\n" + record)
+        os.utime(new, (0, min(due, 2**33)))  # For `due`, which so opens no others.
+        new.replace(self.folder / key)  # Keys are hexadecimal digits, so they are fit for names.
 
-    def keys(self):
-        return [name for name in os.listdir(self.folder) if not name.startswith(".")]
+    def files(self, latest=2**34):
+        """``(key, record, beside)`` of all that are due by *latest*.  With the lock none vanishes meanwhile."""
+        found = [path for path in self.folder.glob("[!.]*") if path.stat().st_mtime <= latest]
+        return [(path.name, *self.get(path.name)) for path in found]
 
-    def insert(self, key, record, expires, owner, token, until):
+    def insert(self, key, record, due, owner):
         with self.locked():
-            self.put(key, record, expires, owner=owner, holder=token, until=until)
-
-    def hold(self, key, token, now, until):
-        with self.locked():
-            meta, record = self.get(key)
-            if meta and meta["holder"] not in (None, token) and meta["until"] > now:
-                return HELD
-            if meta:
-                self.put(key, record, **{**meta, "holder": token, "until": until})
-            return record
+            self.put(key, record, due, owner)
 
     def read(self, key):
-        return self.get(key)[1]
+        """Whoever holds it: to look."""
+        return self.get(key)[0]
 
-    def write(self, key, token, record, expires, owner):
+    def hold(self, key, token, now, until):
+        """Only one at a time.  It ends by itself, as its process may be gone; the same token may go on."""
         with self.locked():
-            meta, _ = self.get(key)
-            if meta is None or meta["holder"] != token:
-                return False
-            self.put(key, record, expires, owner=owner, holder=None, until=0)
-            return True
+            record, beside = self.get(key)
+            if beside["holder"] != token and beside["until"] > now:
+                return HELD
+            if record is not None:
+                self.put(key, record, **beside | {"holder": token, "until": until})
+            return record
+
+    def write(self, key, token, record, due, owner):
+        """Lets go, too.  A hold that is over still counts, as long as nobody else has held the record since."""
+        with self.locked():
+            if held := self.get(key)[1]["holder"] == token:
+                self.put(key, record, due, owner, token)  # *holder* stays: the same again is answered the same.
+            return held
 
     def free(self, key, token):
         with self.locked():
-            meta, record = self.get(key)
-            if meta and meta["holder"] == token:
-                self.put(key, record, **{**meta, "holder": None})
+            record, beside = self.get(key)
+            if beside["holder"] == token:
+                self.put(key, record, **beside | {"until": 0})
 
-    def delete(self, key, token=None):
+    def swap(self, key, old, new, due):
+        """Whoever holds it: compare and replace, so what others wrote meanwhile is never overwritten."""
         with self.locked():
-            meta, record = self.get(key)
-            if meta is None or token not in (None, meta["holder"]):
+            record, beside = self.get(key)
+            if same := record == old:
+                if new is None:
+                    (self.folder / key).unlink()
+                else:
+                    self.put(key, new, **beside | ({} if due is None else {"due": due}))
+            return same
+
+    def move(self, key, token, to, record, due, owner, until):
+        """The new file first: who is killed in between leaves one that nobody knows the id of."""
+        with self.locked():
+            if held := self.get(key)[1]["holder"] == token:
+                self.put(to, record, due, owner, token, until)
+                self.put(key, b"\0%d" % (self.clock() + 60), self.clock() + 60, "")
+            return held
+
+    def delete(self, key):
+        """Whoever is given the record ends the session, so only one is.  A tombstone is shorter than any record."""
+        with self.locked():
+            record, _ = self.get(key)
+            if record is None or len(record) < 32:
                 return None
-            os.remove(os.path.join(self.folder, key))
+            (self.folder / key).unlink()
             return record
 
     def due(self, now, limit):
-        with self.locked():
-            late = [key for key in self.keys() if os.stat(os.path.join(self.folder, key)).st_mtime <= now + 1]
-            found = [(key, *self.get(key)) for key in late]
-            taken = [(k, r) for k, m, r in found if m["expires"] <= now and not (m["holder"] and m["until"] > now)]
-            for key, _ in taken[:limit]:
-                os.remove(os.path.join(self.folder, key))
-            return taken[:limit]
+        """Only which: what has really expired then goes by `swap`, what lives on gets a later *due*."""
+        with self.locked():  # A file's time is rounded, hence a second more; what stands in it is exact.
+            late = [row for row in self.files(now + 1) if row[2]["due"] <= now and row[2]["until"] <= now]
+            return [row[:2] for row in sorted(late, key=lambda row: row[2]["due"])[:limit]]
 
     def owned(self, owner):
         with self.locked():
-            return [key for key in self.keys() if self.get(key)[0]["owner"] == owner]
+            return [row[:2] for row in self.files() if row[2]["owner"] == owner != ""]
+
+    def take(self, owner, keep):
+        """Held ones, too.  With the lock none moves meanwhile, so none escapes under a new key."""
+        with self.locked():
+            taken = [row[:2] for row in self.files() if row[2]["owner"] == owner != "" and row[0] != keep]
+            for key, _ in taken:
+                (self.folder / key).unlink()
+            return taken
 
     def __len__(self):
-        return len(self.keys())
-
-
-class ICounter(Interface):
-    hits: int
-
-
-@implementer(ICounter)
-class Counter:
-    def __init__(self, session):
-        self.hits = 0
-
-
-registerAdapter(Counter, Session, ICounter)
-
-
-def app(environ, start_response):
-    counter = ICounter(ISession(environ))
-    counter.hits += 1
-    start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"You were here {counter.hits} times.\n".encode()]
+        with self.locked():
+            return sum(len(record) > 32 for _, record, _ in self.files())
 
 
 folder = os.path.join(tempfile.gettempdir(), f"minisess-{os.getuid()}")
-secret = os.environ.get("MINISESS_SECRET", "for trying it out, not for serving")
+secret = os.environ.get("SECRET", "not a secret, since everybody can read it here")
 application = SessionMiddleware(app, FileStore(folder, secret=secret))
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ It ends after a minute without a request, so that one can watch it do so.
 from hmac import compare_digest
 from html import escape
 from secrets import token_urlsafe
-from urllib.parse import parse_qs
 
-from examples import serve
+from examples import read_form, serve
 from minisess import Interface, ISession, MemoryStore, Session, SessionMiddleware, implementer, registerAdapter
 
 # What is kept on the session
@@ -98,14 +97,14 @@ def end(session, form):
     session.expire()
 
 
-# What they do, their text, and where they lead.
+# What they do, their text, what that means, and where they lead.
 BUTTONS = {
-    "click": (click, "+1", "/"),
-    "touch": (touch, "Keep alive", "/"),
-    "renew": (renew, "Renew", "/"),
-    "login": (login, "Log in", "/"),
-    "logout": (end, "Log out", "/"),
-    "expire": (end, "Expire", "/gone"),
+    "click": (click, "Count", "Adds one to a component, which is made when it is first asked for.", "/"),
+    "touch": (touch, "Keep alive", "Does nothing else: any request starts the minute again.", "/"),
+    "renew": (renew, "Renew", "Gives it a new id. What is kept stays, the old id is dead.", "/"),
+    "login": (login, "Log in", "Makes it yours: a new id, an owner, and a component that says who.", "/"),
+    "logout": (end, "Log out", "Ends it: gone from the store, with all that is kept, and the cookie.", "/gone"),
+    "expire": (end, "End it", "As when its time is up: gone from the store, with all that is kept.", "/gone"),
 }
 
 # The page
@@ -134,17 +133,17 @@ main {
   max-width: 42rem; margin: 0 auto; padding: clamp(1.1rem, 4vw, 2rem); border: 1px solid var(--line);
   border-radius: 1rem; background: var(--card); box-shadow: var(--shadow);
 }
-header { display: flex; align-items: center; gap: 1rem; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .75rem 1rem; }
 .swatch {
   flex: none; width: 3.25rem; height: 3.25rem; border-radius: .9rem;
   background: linear-gradient(135deg, hsl(var(--hue) 60% 58%), hsl(calc(var(--hue) + 45) 60% 42%));
 }
 header p { margin: 0; color: var(--soft); font-size: .875rem; }
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; letter-spacing: .02em; }
+h1 { margin: 0; font-size: clamp(1rem, 5.2vw, 1.6rem); line-height: 1.35; }
 h1, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-weight: 600; }
 .owner {
-  max-width: 45%; margin-left: auto; padding: .25rem .75rem; overflow: hidden; border-radius: 1rem;
-  background: var(--well); font-size: .875rem; text-overflow: ellipsis; white-space: nowrap;
+  margin-left: auto; padding: .25rem .75rem; border-radius: 1rem; background: var(--well);
+  font-size: .875rem; overflow-wrap: anywhere;
 }
 .bar { height: .6rem; margin: 1.6rem 0 .5rem; overflow: hidden; border-radius: .3rem; background: var(--well); }
 .bar i {
@@ -155,8 +154,9 @@ h1, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans M
 .time { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; margin: 0; color: var(--soft); }
 .time b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .low .time b { color: var(--warn); }
-.buttons { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 0; }
-.buttons form { display: contents; }
+.buttons { margin: 1.4rem 0 0; }
+.buttons form { display: flex; align-items: center; gap: .3rem 1rem; padding: .4rem 0; }
+.buttons p { margin: 0; color: var(--soft); font-size: .875rem; line-height: 1.4; }
 button, .button, input {
   min-height: 2.75rem; padding: 0 1.1rem; border: 1px solid var(--line); border-radius: .65rem;
   background: var(--card); color: inherit; font: inherit; font-weight: 500;
@@ -169,10 +169,10 @@ button:hover, .button:hover { background: var(--well); }
 .main:hover { filter: brightness(1.08); }
 .stop { color: var(--stop); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-input { width: 7rem; font-weight: 400; }
-.pair { display: flex; }
-.pair input { border-radius: .65rem 0 0 .65rem; border-right: 0; }
-.pair button { border-radius: 0 .65rem .65rem 0; white-space: nowrap; }
+.do { display: flex; flex: none; width: 11rem; }
+.do button { flex: 1; white-space: nowrap; }
+.do input { flex: 1; width: 0; border-radius: .65rem 0 0 .65rem; border-right: 0; font-weight: 400; }
+.do input + button { flex: none; border-radius: 0 .65rem .65rem 0; }
 h2 { margin: 1.8rem 0 .3rem; color: var(--soft); font-size: .875rem; font-weight: 600; }
 dl { display: grid; grid-template-columns: minmax(7rem, 11rem) 1fr; margin: 0; }
 dt, dd { margin: 0; padding: .5rem 0; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
@@ -183,16 +183,16 @@ footer { max-width: 42rem; margin: 1.2rem auto 0; color: var(--soft); font-size:
 a { color: inherit; }
 .gone { display: none; margin: 1.4rem 0 0; }
 .over .gone { display: block; }
-.over :is(.buttons, .time, .owner, .kept) { display: none; }
+.over :is(.buttons, .time, .owner, .kept), .over footer { display: none; }
 .over .swatch { background: var(--well); }
 .over .bar i { transform: scaleX(0); }
 .over h1 { color: var(--soft); }
 .live.over h1 { text-decoration: line-through; text-decoration-thickness: 1px; }
 @media (max-width: 30rem) {
-  .buttons > *, .buttons form > * { flex: 1 1 40%; }
-  .pair { flex-basis: 100% !important; }
-  .pair input { flex: 1; width: 0; }
-  dl { grid-template-columns: minmax(6rem, 8.5rem) 1fr; }
+  .owner { margin: 0; }
+  .buttons form { flex-direction: column; align-items: stretch; padding: .75rem 0; }
+  .do { width: auto; }
+  dl { grid-template-columns: 7rem 1fr; }
 }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 """
@@ -257,8 +257,11 @@ PAGE = """<!doctype html>
 """
 
 
-def button(name, kind="", field=""):
-    return f'{field}<button name=do value={name} class="{kind}">{BUTTONS[name][1]}</button>'
+def button(token, name, kind="", field=""):
+    _, text, meaning, _ = BUTTONS[name]
+    press = f'{field}<button name=do value={name} class="{kind}" aria-describedby=is-{name}>{text}</button>'
+    hidden = f'<input type=hidden name=token value="{token.value}">'
+    return f"<form method=post>{hidden}<span class=do>{press}</span><p id=is-{name}>{meaning}</p></form>"
 
 
 def table(title, rows):
@@ -272,19 +275,17 @@ def row(name, value):
 
 def live_page(session):
     """What PAGE has to be told of a session."""
-    tag = repr(session).strip("<>").split()[1].strip(",")  # a hash of its id, as the log has it
+    tag = session.handle  # a hash of its id, as the log has it
     now, token = store.clock(), IToken(session)
     kept = [interface for interface in (IClicks, IToken, IVisitor) if interface in session]
     who = '<input name=name value=ann maxlength=20 required aria-label="Your name">'
-    enter = f"<span class=pair>{button('login', field=who)}</span>"
     buttons = [
-        button("click", "main"),
-        button("touch"),
-        button("renew"),
-        button("expire", "stop"),
-        button("logout") if session.owner else enter,
+        button(token, "click", "main"),
+        button(token, "touch"),
+        button(token, "renew"),
+        *([] if session.owner else [button(token, "login", field=who)]),
+        button(token, "logout" if session.owner else "expire", "stop"),
     ]
-    hidden = f'<input type=hidden name=token value="{token.value}">'
     return {
         "title": "Your session",
         "kind": "live",
@@ -298,7 +299,7 @@ def live_page(session):
         if session.expires < session.lastModified + session.lifetime
         else "unless you do something",
         "state": f"{tag} {IClicks(session).count if IClicks in session else 0}",
-        "buttons": "".join(f"<form method=post>{hidden}{each}</form>" for each in buttons),
+        "buttons": "".join(buttons),
         "tables": table("Components", [row(interface.__name__, interface(session)) for interface in kept])
         + table("Attributes", [row(name, value) for name, value in sorted(vars(session).items())])
         + table(
@@ -350,11 +351,10 @@ def app(environ, start_response):
     session = ISession(environ)
     if environ["REQUEST_METHOD"] != "POST":
         return answer(live_page(session))
-    body = environ["wsgi.input"].read(min(int(environ.get("CONTENT_LENGTH") or 0), 1000))
-    form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
+    form = read_form(environ)
     if IToken not in session or not IToken(session).check(form) or form.get("do") not in BUTTONS:
         return answer(dead_page("That form was of another session"), "403 Forbidden")
-    action, session.last_button, where = BUTTONS[form["do"]]
+    action, session.last_button, _, where = BUTTONS[form["do"]]
     action(session, form)
     return answer(dead_page("Done"), "303 See Other", ("Location", where))
 

@@ -3,9 +3,9 @@
 python3 -m examples.mixed
 
 curl -c jar -b jar http://127.0.0.1:8000/shop/tea       In your basket: tea
-curl -c jar -b jar http://127.0.0.1:8000/quiz/yes       1 answers so far
+curl -c jar -b jar http://127.0.0.1:8000/quiz/yes       Answers so far: 1
 curl -c jar -b jar http://127.0.0.1:8000/shop/milk      In your basket: tea, milk
-curl -c jar -b jar http://127.0.0.1:8000/               <Session 3f0c9a11, stored, keeps IItems, IItems>
+curl -c jar -b jar http://127.0.0.1:8000/               <Session 3f0c9a11d2b7e645, stored, keeps IItems, IItems>
 """
 
 from wsgiref.util import shift_path_info
@@ -56,7 +56,7 @@ def make_quiz():
     def quiz(environ, start_response):
         answers = IItems(ISession(environ))
         answers.add(shift_path_info(environ))
-        return text(start_response, f"{len(answers)} answers so far")
+        return text(start_response, f"Answers so far: {len(answers)}")
 
     return quiz
 

@@ -3,7 +3,7 @@
     pip install redis
     REDIS_URL=redis://127.0.0.1:6379/0 python3 -m examples.redis_counter
 
-    curl -c jar -b jar http://127.0.0.1:8000/       You were here 1 times, says process 4711.
+    curl -c jar -b jar http://127.0.0.1:8000/       Visits: 1 (process 4711)
 
 Start it on as many hosts as you like, behind any load balancer: they need the same REDIS_URL and
 SECRET, and clocks that agree (NTP).
@@ -14,27 +14,17 @@ import os
 import redis
 
 from examples import serve
-from minisess import Interface, ISession, RedisStore, Session, SessionMiddleware, implementer, registerAdapter
+from examples.counter import ICounter
+from minisess import ISession, RedisStore, SessionMiddleware
 
-
-class ICounter(Interface):
-    hits: int
-
-
-@implementer(ICounter)
-class Counter:
-    def __init__(self, session):
-        self.hits = 0
-
-
-registerAdapter(Counter, Session, ICounter)
+# A store keeps classes by name, so ICounter's Counter lives in a module that all processes can import.
 
 
 def app(environ, start_response):
     counter = ICounter(ISession(environ))
     counter.hits += 1
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"You were here {counter.hits} times, says process {os.getpid()}.\n".encode()]
+    return [f"Visits: {counter.hits} (process {os.getpid()})\n".encode()]
 
 
 store = RedisStore(

@@ -6,6 +6,7 @@ curl -c jar -b jar -X POST http://127.0.0.1:8000/       1
 curl -c jar -b jar -N http://127.0.0.1:8000/events &    waits, then prints what the other requests do:
 curl -c jar -b jar -X POST http://127.0.0.1:8000/       2       data: 2
 curl -c jar -b jar -X POST http://127.0.0.1:8000/       3       data: 3
+curl -c jar -b jar -X DELETE http://127.0.0.1:8000/     ended   : goodbye
 """
 
 import time
@@ -15,6 +16,7 @@ from minisess import Interface, ISession, Session, SessionMiddleware, implemente
 
 PAGE = """<!doctype html><title>Streaming</title>
 <p><output>-</output> <button onclick="fetch('/', {method: 'POST'})">+1</button>
+<button onclick="fetch('/', {method: 'DELETE'})">End the session</button>
 <script>
 new EventSource("/events").onmessage = event => document.querySelector("output").textContent = event.data
 </script>
@@ -34,12 +36,13 @@ class Counter:
 registerAdapter(Counter, Session, ICounter)
 
 
-def events(counter, seconds=60):
-    """What happens to *counter*, for a minute; then the browser asks again."""
+def events(session, counter, seconds=60):
+    """What happens to *counter*, for a minute or until the session ends; then the browser asks again."""
     end, seen = time.monotonic() + seconds, counter.hits
-    while time.monotonic() < end:
-        # A MemoryStore keeps live objects, so this one shows what other requests do.  With another
-        # store it is this request's own copy: let a message broker tell what happened.
+    while time.monotonic() < end and not session.ended:
+        # A MemoryStore keeps live objects, so this one shows what other requests do, and session.ended
+        # is known at once.  With another store it is this request's own copy: let a message broker
+        # tell what happened, and session.touch() whether the session has ended.
         if counter.hits != seen:
             seen = counter.hits
             yield f"data: {seen}\n\n".encode()
@@ -53,12 +56,15 @@ def app(environ, start_response):
         counter = ICounter(session)
         session.release()  # Until its first piece is there a response holds its session, and that may take a while.
         start_response("200 OK", [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")])
-        return events(counter)
+        return events(session, counter)
     start_response("200 OK", [("Content-Type", "text/html; charset=utf-8")])
     if environ["REQUEST_METHOD"] == "POST":
         counter = ICounter(ISession(environ))
         counter.hits += 1
         return [f"{counter.hits}\n".encode()]
+    if environ["REQUEST_METHOD"] == "DELETE":
+        ISession(environ).expire()
+        return [b"ended\n"]
     return [PAGE.encode()]
 
 
