@@ -969,12 +969,12 @@ class Session(Componentized):
             return self
         token = self._store.holds.holders.get(record.key) if self._is_over() else None
         holder = None if token is None else token()
-        if holder is None:
+        acting = holder if isinstance(holder, Session) else getattr(holder, "_session", None)
+        if acting is None:
             raise SessionError(
                 f"this request has let go of its session, and another one may have it: call session.{wish}() before "
                 "session.release(), and before the first piece of the body"
             )
-        acting: Session = holder if isinstance(holder, Session) else holder._session
         return acting
 
     def setLifetime(self, seconds: float | None) -> None:
@@ -1203,13 +1203,17 @@ class _Turn:
     """``with``: alone with *key*, until the block is left, or its frame is gone by an exception at any bytecode."""
 
     def __init__(self, holds: _Holds, key: str) -> None:
-        self.holds, self.key, self.thread = holds, key, threading.get_ident()
+        self.holds, self.key, self.thread, self.frame = holds, key, threading.get_ident(), 0
 
     def __enter__(self) -> Any:
-        token, before = ref(self), self.holds.holders.get(self.key)
-        if before is not None and getattr(before(), "thread", None) == self.thread:
-            # Turns aren't nested: an exception that is still in flight has torn us out of that one.
-            self.holds.free(self.key, before)
+        token, before, frame = ref(self), self.holds.holders.get(self.key), sys._getframe(1)
+        turn, self.frame = before and before(), id(frame)
+        if turn is not None and turn.thread == self.thread:
+            while frame is not None and id(frame) != turn.frame:
+                frame = frame.f_back  # type: ignore[assignment]
+            if frame is not None:
+                return token  # a finalizer has come upon us in that turn: it goes along
+            self.holds.free(self.key, before)  # an exception that is still in flight has torn us out of that turn
         self.holds.take(self.key, token, 60)
         return token
 
@@ -1781,7 +1785,11 @@ def _ended_error() -> SessionError:
 
 def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     """Have both the same objects?"""
-    return len(one) == len(other) and all(key in other and other[key] is each for key, each in one.items())
+    return len(one) == len(other) and all(other.get(key, _NEVER) is each for key, each in list(one.items()))
+
+
+def _pop(entries: dict[Any, Any], key: Any) -> None:
+    entries.pop(key, None)
 
 
 def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
@@ -1822,7 +1830,7 @@ class MemoryStore:
         self._fresh: deque[tuple[float, str, bool]] = deque()
         self._next = _NEVER  # no deadline is earlier
         self._running: dict[Any, None] = {}  # weak references to views that have let go and may still be used
-        self._forget = self._running.pop
+        self._forget = partial(_pop, self._running)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -1864,7 +1872,7 @@ class MemoryStore:
         if record is not None and now < record.expires:
             session = _Look(self, record, request)
             self._running[ref(session, self._forget)] = None
-            if record.key == uid:  # still: who moves it later cuts it off
+            if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
                 if now - record.lastModified >= record.lifetime / 8:
                     record.lastModified = now
                 return session
@@ -1967,6 +1975,8 @@ class MemoryStore:
                     self.holds.free(uid, token)
                     raise _ended_error()
                 self._move(record, fresh, uid, fields)
+        elif record.state is _ENDED:  # at this moment
+            raise _ended_error()
         else:
             fresh.set(uid=uid, key=uid, **fields)
             fresh.state = _NEW if "owner" in fields else record.state  # a login makes a stand-in real
@@ -1983,9 +1993,9 @@ class MemoryStore:
         between loses nothing.
         """
         old, owner = record.key, record.owner
+        self._moved[old] = until = self.clock() + _REMEMBERED
         self._cut(record)
         self._own(fresh, fields.get("owner", owner))
-        self._moved[old] = until = self.clock() + _REMEMBERED
         self._next = min(self._next, until)
         self._fresh.append((until, uid, False))  # should an exception come now, this entry is found
         self._records[uid] = fresh
@@ -2047,10 +2057,14 @@ class MemoryStore:
         return self._raise_end(list(self._records.values()))
 
     def _mend(self) -> None:
-        """Drop second entries of records, which an exception in the middle of a move has left."""
+        """Drop what an exception in the middle of a move has left: second entries, and ghosts among the owned."""
         for key, record in list(self._records.items()):
             if record.key != key:
                 self._records.pop(key, None)
+        for owner, records in list(self._owned.items()):
+            for record in list(records):
+                if self._records.get(record.key) is not record:
+                    self._disown(record, owner)
 
     def _raise_end(self, records: Iterable[_Record]) -> int:
         errors = self._end(records, "all")
@@ -2061,6 +2075,7 @@ class MemoryStore:
         now = self.clock()
         with self.holds.alone("moving") as token:
             self._mend()
+            self.holds.prune()
             records = self._due(now, _NEVER, token)
         errors = self._finish(records, "", now)
         _raise_first(errors)
@@ -2069,7 +2084,8 @@ class MemoryStore:
     def sessions(self, owner: str) -> list[Session]:
         _require_owner(owner)
         now = self.clock()
-        live = [record for record in list(self._owned.get(owner, ())) if now < record.expires]
+        owned = [record for record in list(self._owned.get(owner, ())) if record.state is _STORED]
+        live = [record for record in owned if now < record.expires]
         return [_Look(self, record) for record in sorted(live, key=attrgetter("created"))]
 
     def _end(self, records: Iterable[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
@@ -2639,6 +2655,8 @@ class PersistentStore:
                 raise self._lease_lost(session) if self.refresh(session) else _ended_error()
             self.holds.take(new, token, 0)
             fresh.set(state=_STORED, fields=moved)
+        elif record.state is _ENDED:
+            raise _ended_error()
         elif "owner" in fields:
             fresh.state = _NEW  # a login makes a stand-in real
         fresh.set(uid=uid, key=new, **fields)
@@ -3668,8 +3686,9 @@ class _Body:
 
     def __del__(self) -> None:
         # A server that forgets close() doesn't leave the session locked.
-        if not self._exchange._over:
-            self._exchange.close()
+        exchange = getattr(self, "_exchange", None)  # an exception may have come before there was one
+        if exchange is not None and not exchange._over:
+            exchange.close()
 
 
 def _as_store(store: object) -> Any:

@@ -2457,6 +2457,49 @@ class StoreContract:
         assert visitor.sid is None
         assert len(store) == 0
 
+    def test_a_component_of_the_first_request_writes_to_the_session_of_the_next(self, store):
+        visitor = Guest(store)
+        visitor.do(lambda session: session.setComponent(IDiary, Diary(session)))
+        visitor.do(lambda session: (session.release(), setattr(session, "late", 1)))
+
+        def write(session):
+            IDiary(session).session.foo = 7
+            return session.foo
+
+        assert visitor.do(write) == visitor.do(lambda session: session.foo) == 7
+
+    def test_a_shorter_lifetime_counts_though_it_is_set_after_release(self, store, clock):
+        visitor = Guest(store)
+        visitor.do(put(foo=1))
+        visitor.do(lambda session: (session.release(), session.setLifetime(3)))
+        clock.advance(3.5)
+        assert store.open(visitor.sid) is None
+
+    def test_touch_brings_no_expired_session_back(self, store, clock):
+        uid = new_session(store, foo=1).uid
+        session = store.open(uid)
+        session.release()
+        clock.advance(LIFETIME)
+        session.touch()
+        assert not lives(store, uid)
+
+    def test_a_body_whose_session_cant_be_saved_lets_go_of_it(self, store, clock):
+        if type(store) is MemoryStore and not store.strict:
+            return  # there everything can be saved
+        visitor = Guest(store)
+        visitor.do(put(foo=1))
+        environ = visitor.environ(**{"test.work": lambda environ: late(environ)})
+
+        def late(environ):
+            yield b"1"
+            ISession(environ).bad = open
+
+        body = visitor.application(environ, lambda status, headers, exc_info=None: None)
+        with pytest.raises(NotStorable):
+            list(body)
+            body.close()
+        assert store.open(visitor.sid, patience=0) is not None  # though the environ is still there
+
     # Requests that came with an id that has moved
 
     @pytest.mark.parametrize("late", [False, True], ids=["waiting", "after the login"])
@@ -4444,6 +4487,73 @@ def test_secrets_rotate_the_first_seals_and_all_open(place):
     assert reopened(place.store(secret=old), session.uid) is None
     new_session(place.store(secret=old), owner="ann")
     assert len(both.sessions("ann")) == both.expireAll("ann") == 2
+
+
+def test_who_lost_the_lease_to_a_login_doesnt_delete_the_cookie_that_it_has_set(place):
+    clock = Clock()
+    mine, theirs = (place.store(clock=clock, lease=1) for _ in range(2))
+    visitor, other = Guest(mine), Guest(theirs)
+    visitor.do(put(foo=1))
+    other.cookies.update(visitor.cookies)
+
+    def slow(session):
+        clock.advance(5)
+        other.do(lambda session: session.login("bob"))
+        session.foo = 2
+
+    visitor.do(slow)
+    assert visitor.response["Set-Cookie"] is None
+    assert other.do(lambda session: (session.owner, session.foo)) == ("bob", 1)
+
+
+def test_clear_ends_everybodys_though_a_thousand_records_cant_be_opened(place_of):
+    store = place_of("sqlite").store()
+    for number in range(1100):
+        store.insert(f"{number:064}", b"x" * 100, 5.0, "")
+    uid = kept(store, thing=[1])
+    assert store.clear() == 1
+    assert store.peek(uid) is None
+    assert len(store) == 1100
+
+
+@pytest.mark.parametrize("record", [b"hello", b"\0x", b""])
+def test_a_damaged_record_is_no_session_however_short_it_is(place, record, caplog):
+    store = place.store()
+    uid = kept(store, thing=[1])
+    put_record(store, uid, record)
+    assert store.peek(uid) is store.open(uid) is None
+    assert store.sweep() == 0
+
+
+@pytest.mark.parametrize("number", [10**400, float("nan")], ids=["huge", "not a number"])
+def test_a_forged_number_stops_no_sweep(place, number):
+    clock = Clock()
+    store = place.store(clock=clock)
+    forged, other = kept(store, thing=[1]), kept(store, thing=[2])
+    forge(store, forged, lifetime=number)
+    assert store.peek(forged) is store.open(forged) is None
+    clock.advance(50_000)
+    assert store.sweep() == 1
+    assert store.peek(other) is None
+
+
+def test_a_session_that_moves_while_all_are_ended_ends_once(place_of):
+    store = place_of("redis").store()
+    session = new_session(store, witness="w", owner="ann")
+    mine, leave = store.open(session.uid), store._LEAVE
+    before = store._eval
+
+    def evaluate(script, *args):
+        if script is leave:
+            assert len(store.sessions("ann")) == 1
+            assert store.expireAll("ann") == 1
+        return before(script, *args)
+
+    store._eval = evaluate
+    with pytest.raises(SessionError):
+        mine.renew()
+    assert Witness.saw == ["w"]
+    assert store.sessions("ann") == [] and len(store) == 0
 
 
 @pytest.mark.parametrize(

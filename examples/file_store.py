@@ -142,7 +142,7 @@ class FileStore(PersistentStore):
             return sum(len(record) > 32 for _, record, _ in self.files())
 
 
-folder = os.path.join(tempfile.gettempdir(), f"minisess-{os.getuid()}")
+folder = os.path.join(tempfile.gettempdir(), f"minisess-files-{os.getuid()}")
 secret = os.environ.get("SECRET", "not a secret, since everybody can read it here")
 application = SessionMiddleware(app, FileStore(folder, secret=secret))
 
