@@ -1252,9 +1252,10 @@ class _Holds:
 
     def prune(self) -> None:
         """Let go of what the dead hold that nobody has asked for since."""
+        heir = _Turn(self, "")
         for key, token in list(self.holders.items()):
-            if token() is None:
-                self.free(key, token)
+            if token() is None and self.take_over(key, ref(heir)):
+                self.free(key, ref(heir))
 
     def forget(self) -> None:
         """In a forked child: the threads that held, locked or waited are gone."""
@@ -3471,7 +3472,7 @@ class _Exchange:
         self._opened.append(session)
         self._session = session = self._opened[0]
         if self._over:  # it has ended while a thread of it opened this
-            middleware.store.release(session)
+            session._store.release(session)
         return session
 
     def peek(self, environ: dict[str, Any]) -> Session | None:
@@ -3505,7 +3506,7 @@ class _Exchange:
         """*session*, which has let go of its record or ended, or what comes after it."""
         store, record = self._middleware.store, session._record
         if record.state is not _ENDED and not self._over:
-            store.refresh(session)
+            session._store.refresh(session)
             record = session._record
         if record.state is not _ENDED or self._sent:
             return session
@@ -3582,7 +3583,7 @@ class _Exchange:
         if status[:1] == "5":
             self.abort()
         elif session._base is not None:
-            middleware.store.save_late(session)
+            session._store.save_late(session)
         elif record.state is not _ENDED:
             if middleware.persistent or record.forgotten is not None:
                 refreshed = middleware._renew_cookie(record)
@@ -3627,13 +3628,14 @@ class _Exchange:
 
     def close(self) -> None:
         """The response is over.  What a body did to its session while it was sent is saved now."""
-        session, store = self._session, self._middleware.store
+        session = self._session
         self._over = True
         try:
             if not self._sent or self._response[0][:1] == "5":
                 self.abort()
             elif session is not None and session._record.state is _STORED:
-                store.save_late(session) if session._base is not None else store.save(session)
+                late = session._base is not None
+                session._store.save_late(session) if late else self._middleware.store.save(session)
         except SessionConflict as error:
             assert session is not None
             _log(logging.ERROR, "conflict", session.handle, "after the headers had left: %s", error)
@@ -3644,7 +3646,7 @@ class _Exchange:
             self._sent, self._response = True, ("", [], None)
             self._start = self._send = _too_late
             if session is not None:
-                store.leave(session)
+                session._store.leave(session)
 
 
 class _Body:
@@ -3849,7 +3851,7 @@ class SessionMiddleware:
                 else:
                     exchange.commit()
                     if exchange._session is not None and exchange._session._base is not None:
-                        self.store.leave(exchange._session)
+                        exchange._session._store.leave(exchange._session)
                 exchange._start = exchange._send = _too_late
                 return result
             return _Body(exchange, result)
