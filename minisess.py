@@ -1716,7 +1716,10 @@ class IStore(Interface):
         ...
 
     def sessions(self, owner: str) -> list[Session]:
-        """The live sessions of *owner* as they were last saved, the oldest first; to look at, and to `expire`."""
+        """The live sessions of *owner* as they were last saved, the oldest first; to look at, and to `expire`.
+
+        A form names one by its `handle`: stores outside the process don't know the uids of others ("").
+        """
         ...
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
@@ -2490,7 +2493,10 @@ class PersistentStore:
         if time.monotonic() - self._swept >= self._pause:
             self._swept = time.monotonic()
             self.holds.prune()
-            _spare(self._end_due(self._some)[0])
+            errors, more = self._end_due(self._some)
+            if more:
+                self._swept -= self._pause - 0.1  # soon again
+            _spare(errors)
         session = Session(self, _StoredRecord(uid, _hash(uid, self.place), 0, 0, 0), request)
         record, raw = session._record, self._acquire(session, patience)
         if not raw:

@@ -5274,6 +5274,32 @@ def test_what_redis_has_besides_sessions_forgets_them(place_of):
     assert not client.exists(owners)
 
 
+@contextlib.contextmanager
+def connected_by(driver, server):
+    """A connection of another driver, in the way that PostgresStore wants them."""
+    if driver == "pg8000":
+        where = {"host": "127.0.0.1", "port": server.port, "user": "minisess", "database": "postgres"}
+        connection = package("pg8000.dbapi").connect(**where)
+    elif driver == "psycopg2":
+        connection = package("psycopg2").connect(server.address)
+    else:
+        rows = package("psycopg.rows").dict_row
+        connection = package("psycopg").connect(server.address, row_factory=rows)
+    with contextlib.closing(connection):
+        yield connection
+
+
+@pytest.mark.parametrize("driver", ["pg8000", "psycopg2", "psycopg with rows that are dicts"])
+def test_other_drivers_of_postgres_will_do(postgres_server, driver):
+    store = PostgresStore(lambda: connected_by(driver, postgres_server), secret=SECRET, table=driver.split()[0])
+    visitor = Guest(store)
+    visitor.do(put(n=1))
+    visitor.do(lambda session: session.login("ann"))
+    assert visitor.do(lambda session: (session.n, session.owner), find=minisess.peek) == (1, "ann")
+    assert [each.handle for each in store.sessions("ann")] == [visitor.do(lambda session: session.handle)]
+    assert (len(store), store.sweep(), store.expireAll("ann"), len(store)) == (1, 0, 1, 0)
+
+
 def test_postgres_with_serializable_transactions_serves_all(place_of):
     place = place_of("postgres")
     options = " options='-c default_transaction_isolation=serializable'"
