@@ -3652,7 +3652,7 @@ class TestMemoryStore:
             used = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
-        assert used / count < 850, used / count
+        assert used / count < (850 if sys.version_info >= (3, 11) else 900), used / count  # objects became smaller
 
     @pytest.mark.parametrize("limit", [1000, float("inf")])
     @CPYTHON
