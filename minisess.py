@@ -58,7 +58,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -99,49 +99,54 @@ __all__ = [
 class SessionError(Exception):
     """Base of all errors of this module."""
 
+    def __init__(self, *args: object, **details: object) -> None:
+        super().__init__(*args)
+        vars(self).update(details)
+
 
 class CannotAdapt(SessionError, TypeError):
-    """*original* has no answer for *interface*, and no default was given."""
+    """`original` has no answer for `interface`, and no default was given."""
+
+    original: object
+    interface: type
 
     def __init__(self, original: object, interface: type, advice: str | None = None) -> None:
-        #: The object that was to be adapted, and the interface asked for.
-        self.original, self.interface = original, interface
-        kind, name = type(original).__name__, interface.__name__
-        super().__init__(
-            f"cannot adapt {kind} to {name}: "
-            + (advice or f"registerAdapter(factory, {kind}, {name}), or give a default: {name}(obj, None)")
-        )
+        super().__init__(original, interface, advice, original=original, interface=interface)
 
-    def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
+    def __str__(self) -> str:
+        kind, name, advice = type(self.args[0]).__name__, self.args[1].__name__, self.args[2]
+        advice = advice or f"registerAdapter(factory, {kind}, {name}), or give a default: {name}(obj, None)"
+        return f"cannot adapt {kind} to {name}: {advice}"
 
 
 class DuplicateAdapter(SessionError, ValueError):
-    """There is an adapter for this pair already; ``registry.unregister`` it first."""
+    """`original` has an adapter to `interface` already, `factory`; ``registry.unregister`` it first."""
+
+    factory: object
+    original: type
+    interface: type
 
     def __init__(self, factory: object, original: type, interface: type) -> None:
-        #: The factory that was registered before, and the pair it serves.
-        self.factory, self.original, self.interface = factory, original, interface
-        super().__init__(
+        super().__init__(factory, original, interface, factory=factory, original=original, interface=interface)
+
+    def __str__(self) -> str:
+        factory, original, interface = self.args
+        return (
             f"{original.__name__} has an adapter to {interface.__name__} already, {factory!r}: "
             "take it out with registry.unregister before you register another"
         )
 
-    __reduce__ = CannotAdapt.__reduce__
-
 
 class SessionBusy(SessionError, TimeoutError):
-    """Another request of the same session didn't let go of it within *patience* seconds.  A 503, mostly."""
+    """Another request of the same session didn't let go of it within `patience` seconds.  A 503, mostly."""
 
-    #: For how many seconds this request waited.
     patience: float = 0
 
 
 class SessionConflict(SessionError, RuntimeError):
-    """Somebody else has changed the session since this request let go of it, or lost its lease: nothing was saved."""
+    """Somebody else has changed the session since this request let go of it, or lost its `lease`: nothing was saved."""
 
-    #: The store's lease in seconds, if it was lost.
-    lease: float | None = None
+    lease: float | None = None  # in seconds, if that is why
 
 
 class StoreError(SessionError):
@@ -149,9 +154,8 @@ class StoreError(SessionError):
 
 
 class NotStorable(StoreError, TypeError):
-    """A component (or attribute) can't be written to a persistent store."""
+    """A component or attribute, `name` ("the component app.ICart"), has an `offender` in it that can't be stored."""
 
-    #: What is kept on the session ("the component app.ICart"), and what in it can't be stored.
     name: str = ""
     offender: str = ""
 
@@ -162,12 +166,6 @@ class SealError(SessionError, ValueError):
 
 class _CannotOpen(StoreError):
     """A component is there, but its class is missing in this process, or fails."""
-
-
-def _with(error: T, **details: object) -> T:
-    """*error*, with the details that it documents."""
-    vars(error).update(details)
-    return error
 
 
 _logger = logging.getLogger("minisess")
@@ -188,14 +186,8 @@ def _log(level: int, event: str, handle: str, message: str, *args: object, **det
 # ---------------------------------------------------------------------------
 
 
-class _Missing:
-    """The type of "no such argument", for which None won't do."""
-
-    def __repr__(self) -> str:
-        return "..."
-
-
-_MISSING: Any = _Missing()
+# No such argument, where None won't do.
+_MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "..."})()
 
 # What an interface remembers of a type, besides None (nothing) and a callable (the adapter):
 _ITSELF: Any = object()  # the object is the answer
@@ -249,20 +241,19 @@ class InterfaceMeta(type):
                 plan = cls.registry.plan(cls, type(obj))
             if plan is _KEPT:
                 answer = obj._components.get(cls)
-                if answer is None:
-                    try:
-                        answer = type(obj).__conform__(obj, cls)
-                    except _CannotOpen:
-                        if default is _MISSING:
-                            raise
                 if answer is not None:
                     return answer
+                try:
+                    answer = type(obj).__conform__(obj, cls)
+                except _CannotOpen:
+                    if default is _MISSING:
+                        raise
             elif plan is _ITSELF:
                 return obj
-            elif plan is not None:
-                answer = plan(obj)
-                if answer is not None:
-                    return answer
+            else:
+                answer = None if plan is None else plan(obj)
+            if answer is not None:
+                return answer
             if default is _MISSING:
                 raise CannotAdapt(obj, cls, cls.__advice__)
             return default
@@ -270,19 +261,15 @@ class InterfaceMeta(type):
         #: What editors and help() show.
         __signature__ = None
 
-    def implementedBy(cls, other: type) -> bool:
-        """Do instances of class *other* provide this interface?  The same as ``issubclass(other, cls)``."""
+    def __subclasscheck__(cls, other: type) -> bool:
+        """Do instances of class *other* provide this interface?"""
         return isinstance(other, type) and cls in cls.registry.order(other)
 
-    def providedBy(cls, obj: object) -> bool:
-        """Does *obj* provide this interface?  The same as ``isinstance(obj, cls)``."""
+    def __instancecheck__(cls, obj: object) -> bool:
+        """Does *obj* provide this interface?"""
         return cls in cls.registry.order(type(obj))
 
-    def __subclasscheck__(cls, other: type) -> bool:
-        return cls.implementedBy(other)
-
-    def __instancecheck__(cls, obj: object) -> bool:
-        return cls.providedBy(obj)
+    implementedBy, providedBy = __subclasscheck__, __instancecheck__
 
 
 class Interface(metaclass=InterfaceMeta):
@@ -520,7 +507,7 @@ class AdapterRegistry:
 
     def plan(self, interface: Any, kind: type) -> Any:
         """Find out, and let *interface* remember, how objects of type *kind* adapt to it."""
-        if kind is _Missing:
+        if kind is type(_MISSING):
             raise TypeError(f"{interface.__name__}() needs the object to adapt: {interface.__name__}(session)")
         plans = _plans
         plan = self.direct(interface, kind)
@@ -724,7 +711,7 @@ _FIELDS = (
     "owner",
     "authenticated",
     "forgotten",  # (lifetime, max_lifetime) for when it is no longer remembered, or None
-    "callbacks",  # as its store keeps them
+    "callbacks",  # functions, or for a persistent store pairs: an interface's name, and a method of its component
 )
 
 
@@ -740,73 +727,9 @@ def _hash(uid: str, place: str = "") -> str:
     return blake2b(what, digest_size=32, person=b"minisess key").hexdigest()
 
 
-class _Record:
-    """What a store keeps of one visitor.  It does little by itself: `Session` is what people use."""
-
-    __slots__ = (*_FIELDS, "uid", "key", "components", "attributes", "state", "due", "hold")
-
-    def __init__(self, uid: str, key: str, now: float, lifetime: float, max_lifetime: float) -> None:
-        self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
-        self.due: float = 0  # the deadline under which its store will look at it next
-        self.hold: Any = None  # who held it when it ended
-        self.created = self.lastModified = self.since = now
-        self.lifetime, self.max_lifetime = lifetime, max_lifetime
-        self.owner: str | None = None
-        self.authenticated: float | None = None
-        self.forgotten: tuple[float, float] | None = None
-        self.cookie: tuple[float, float] | None = None
-        self.callbacks: tuple[Any, ...] = ()
-        self.components: dict[Any, Any] = {}
-        self.attributes: dict[str, Any] = {}
-
-    @property
-    def expires(self) -> float:
-        return min(self.lastModified + self.lifetime, self.since + self.max_lifetime)
-
-    @property
-    def ended(self) -> bool:
-        return self.state is _ENDED
-
-    @property
-    def handle(self) -> str:
-        return _hash(self.uid)[:16]
-
-    def set(self, **fields: object) -> None:
-        for name, value in fields.items():
-            setattr(self, name, value)
-
-    def why(self, now: float) -> str:
-        """The reason why it is over at *now*, for the log."""
-        if now >= self.lastModified + self.lifetime:
-            return "idle"
-        return "absolute" if now >= self.since + self.max_lifetime else "evicted"
-
-    def is_empty(self) -> bool:
-        """Is there nothing on it that anyone might come back for?"""
-        return not (self.components or self.attributes or self.owner or self.callbacks)
-
-    def clear(self) -> None:
-        self.owner, self.callbacks = None, ()
-        self.components.clear()
-        self.attributes.clear()
-
-    def end(self, reason: str, callback: Callable[[Any], Any]) -> BaseException | None:
-        """Run the callbacks and let go of everything; whoever took it out of its store calls this, once.
-
-        *callback* answers what to call for one of `callbacks`.  All run, whatever one of them
-        raises; answers the first that was no Exception (a SystemExit, a Timeout), or None.
-        """
-        self.state, handle, first = _ENDED, self.handle, None
-        _log(logging.INFO, "ended", handle, "ended: %s", reason, owner=self.owner, reason=reason)
-        for each in self.callbacks:
-            try:
-                callback(each)()
-            except BaseException as error:
-                _log(logging.ERROR, "failed", handle, "callback %r failed", each, owner=self.owner, exc_info=True)
-                if not isinstance(error, Exception):
-                    first = first or error
-        self.clear()
-        return first
+def _new_fields(now: float, lifetime: float, max_lifetime: float) -> tuple[Any, ...]:
+    """The `_FIELDS` of one that begins *now*."""
+    return now, None, now, lifetime, max_lifetime, now, None, None, None, ()
 
 
 def _seconds(value: float | None, name: str) -> float:
@@ -823,6 +746,86 @@ def _check_lifetimes(lifetime: float, max_lifetime: float, remedy: str) -> None:
         raise ValueError(f"a lifetime of {lifetime:g} s would be cut by max_lifetime={max_lifetime:g}: {remedy}")
 
 
+def _check_owner(owner: object) -> None:
+    if not isinstance(owner, str) or not owner:
+        raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r} (store.clear() ends everybody's)")
+
+
+class _Record:
+    """What a store keeps of one visitor.  It does little by itself: `Session` is what people use."""
+
+    __slots__ = (*_FIELDS, "uid", "key", "components", "attributes", "state", "due", "hold")
+
+    #: What can't be opened in this process, by name: what stands for it, and the error.  (Of stored records only.)
+    closed: dict[str, tuple[Any, Exception | None]] = {}
+
+    def __init__(self, uid: str, key: str, fields: tuple[Any, ...]) -> None:
+        self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
+        self.due: float = 0  # the deadline under which its store will look at it next
+        self.hold: Any = None  # who held it when it ended
+        self.components: dict[Any, Any] = {}
+        self.attributes: dict[str, Any] = {}
+        if fields:
+            self.fill(fields)
+
+    def fill(self, fields: tuple[Any, ...]) -> None:
+        """Have these values of `_FIELDS`."""
+        self.lastModified, self.cookie, self.created, self.lifetime, self.max_lifetime, *rest = fields
+        self.since, self.owner, self.authenticated, self.forgotten, self.callbacks = rest
+
+    @property
+    def expires(self) -> float:
+        return min(self.lastModified + self.lifetime, self.since + self.max_lifetime)  # type: ignore[no-any-return]
+
+    @property
+    def ended(self) -> bool:
+        return self.state is _ENDED
+
+    @property
+    def handle(self) -> str:
+        return _hash(self.uid)[:16]
+
+    def set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def is_empty(self) -> bool:
+        """Is there nothing on it that anyone might come back for?"""
+        return not (self.components or self.attributes or self.owner or self.callbacks)
+
+    def clear(self) -> None:
+        self.owner, self.callbacks = None, ()
+        self.components.clear()
+        self.attributes.clear()
+
+    def end(self, reason: str, now: float = 0) -> BaseException | None:
+        """Run the callbacks and let go of everything; whoever took it out of its store calls this, once.
+
+        All run, whatever one of them raises; answers the first error that was no Exception (a
+        SystemExit, a Timeout), or None.  Without a *reason* it is whichever deadline has passed at *now*.
+        """
+        if not reason:
+            absolute = "absolute" if now >= self.since + self.max_lifetime else "evicted"
+            reason = "idle" if now >= self.lastModified + self.lifetime else absolute
+        self.state, handle, first = _ENDED, self.handle, None
+        _log(logging.INFO, "ended", handle, "ended: %s", reason, owner=self.owner, reason=reason)
+        for each in self.callbacks:
+            try:
+                (self._method(*each) if type(each) is tuple else each)()
+            except BaseException as error:
+                _log(logging.ERROR, "failed", handle, "callback %r failed", each, owner=self.owner, exc_info=True)
+                if not isinstance(error, Exception):
+                    first = first or error
+        self.clear()
+        return first
+
+    def _method(self, name: str, method: str) -> Any:
+        component = self.components.get(_interfaces.get(name))
+        if component is None or method.startswith("__") or not hasattr(type(component), method):
+            raise SealError(f"a record names {method!r} of {name} for a callback, which is no method here")
+        return getattr(component, method)
+
+
 # What to do instead of setting one of a session's fields, and instead of what other libraries have.
 _INSTEAD = {
     "owner": "session.login(owner)",
@@ -837,40 +840,6 @@ _INSTEAD = {
     "permanent": "session.login(owner, remember=seconds), or SessionMiddleware(persistent=True) for all",
 }
 
-
-class _Guard:
-    """A name of every session's that no attribute can hide: a data descriptor.
-
-    Strategy: the guard costs nothing where attributes are set.  A `__setattr__` that looks at each
-    name makes setting one ten times slower, and a new session twice.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __set__(self, session: Any, value: object) -> None:
-        advice = _INSTEAD.get(self.name, "choose another name for your attribute")
-        raise AttributeError(f"session.{self.name} belongs to every session and can't be set or deleted: {advice}")
-
-    def __delete__(self, session: Any) -> None:
-        self.__set__(session, None)
-
-
-class _Method(_Guard):
-    def __init__(self, function: Any) -> None:
-        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
-
-    def __get__(self, session: Any, kind: Any = None) -> Any:
-        return self.function if session is None else MethodType(self.function, session)
-
-
-class _Habit(_Guard):
-    """A name that other libraries want to be set, and that would do nothing here."""
-
-    def __get__(self, session: Any, kind: Any = None) -> Any:
-        raise AttributeError(f"a session has no {self.name}: {_INSTEAD[self.name]}")
-
-
 if TYPE_CHECKING:
 
     class _Field(Generic[T]):
@@ -879,15 +848,28 @@ if TYPE_CHECKING:
         def __set__(self, session: object, value: NoReturn) -> None: ...
 
 else:
+    _Field = partial(property, None, None, None)  # which `_guard` replaces
 
-    class _Field(_Guard):
-        """A field of the session's record."""
 
-        def __init__(self, doc):
-            self.__doc__ = doc
+class _Method(property):
+    """A method that is a property; on the class it is the function."""
 
-        def __get__(self, session, kind=None):
-            return self if session is None else getattr(session._record, self.name)
+    def __get__(self, session: Any, kind: Any = None) -> Any:
+        return self.fget if session is None else MethodType(self.fget, session)  # type: ignore[arg-type]
+
+
+def _guard(name: str, get: Any, doc: str | None = None, kind: type[property] = property) -> property:
+    """A name of every session's that no attribute can hide.
+
+    Strategy: properties cost nothing where attributes are set.  A `__setattr__` that looks at each
+    name makes setting one ten times slower, and a new session twice.
+    """
+
+    def refuse(session: Session, value: object = None) -> None:
+        advice = _INSTEAD.get(name, "choose another name for your attribute")
+        raise AttributeError(f"session.{name} belongs to every session and can't be set or deleted: {advice}")
+
+    return kind(get, refuse, refuse, doc)
 
 
 class Session(Componentized):
@@ -930,7 +912,6 @@ class Session(Componentized):
         "Is it over, or has it moved on to a new uid?  A stream stops then.  A MemoryStore knows at once, others when "
         "the request next asks the store (ISession(environ), touch, release)."
     )
-    modified, permanent = _Habit(), _Habit()
 
     def __init__(self, store: Any, record: _Record, request: Any = None) -> None:
         self._store, self._record, self._base = store, record, None
@@ -939,8 +920,8 @@ class Session(Componentized):
 
     def _bind(self, record: _Record) -> None:
         """Be a view of *record* from now on."""
-        self._record, self._base, self._components = record, None, record.components
-        self.__dict__ = record.attributes
+        self._record, self._base = record, None
+        self._components, self.__dict__ = record.components, record.attributes
 
     def _detach(self) -> None:
         """Have contents of its own from now on, with the same objects."""
@@ -949,7 +930,7 @@ class Session(Componentized):
     def _cut(self) -> None:
         """See nothing of the record any more, which has moved on to another uid, or ended."""
         old = self._record
-        gone = type(old)(old.uid, old.key, old.created, old.lifetime, old.max_lifetime)
+        gone = type(old)(old.uid, old.key, _new_fields(old.created, old.lifetime, old.max_lifetime))
         gone.state, gone.hold = _ENDED, old.hold
         self._bind(gone)
 
@@ -986,6 +967,7 @@ class Session(Componentized):
         remedy = "login(owner, remember=seconds) raises both for one session, SessionMiddleware(max_lifetime=) for all"
         _check_lifetimes(lifetime, self._record.max_lifetime, remedy)
         self._record.lifetime = lifetime
+        self._store.schedule(self._record)
 
     def touch(self) -> None:
         """Start the idle clock again.  (Each request that uses the session does that.)
@@ -1003,7 +985,18 @@ class Session(Componentized):
         """
         if not callable(callback):
             raise TypeError(f"a callback is called without arguments, {callback!r} can't be called")
-        kept = self._store.keep_callback(self, callback)
+        kept: Any = callback
+        if self._store.strict:
+            target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
+            for interface, component in list(self._components.items()):
+                if component is target and getattr(component, name, None) == callback:
+                    kept = _name(interface), name
+                    break
+            else:
+                raise TypeError(
+                    f"on a persistent store a callback is a method of one of the session's components, which "
+                    f"{callback!r} isn't: setComponent() first, then session.notifyOnExpire(component.method)"
+                )
         with self._store.holds.alone("callbacks"):
             self._record.callbacks = (*self._record.callbacks, kept)
 
@@ -1028,8 +1021,7 @@ class Session(Componentized):
         and this one begins empty.  *remember*: for how many seconds it lasts, idle or not, and over
         restarts of the browser; None: as the middleware says.
         """
-        if not isinstance(owner, str) or not owner:
-            raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}")
+        _check_owner(owner)
         seconds = None if remember is None else _seconds(remember, "remember")
         acting = self._acting("login")
         record, now = acting._record, acting._store.clock()
@@ -1050,9 +1042,10 @@ class Session(Componentized):
 
     def __contains__(self, what: object) -> bool:
         """Is a component kept for the interface *what*, or an attribute of that name?  Makes none."""
-        if isinstance(what, str):
-            return what in vars(self)
-        return what in self._components or self._store.trouble(self, what) is not None
+        closed = self._record.closed
+        return what in (vars(self) if isinstance(what, str) else self._components) or (
+            bool(closed) and isinstance(what, InterfaceMeta) and _name(what) in closed
+        )
 
     if TYPE_CHECKING:
 
@@ -1066,23 +1059,26 @@ class Session(Componentized):
 
         StoreError for one whose class is missing in this process, or fails.
         """
-        error = None if interface in self._components else self._store.trouble(self, interface)
-        if error is not None:
-            name = interface.__name__
-            raise _CannotOpen(
-                f"the component kept for {_name(interface)} can't be opened ({error}); it stays as it is, "
-                f"{name}(session, default) does without it, session.unsetComponent({name}) drops it"
-            ) from error
+        closed = self._record.closed
+        if closed and interface in self and interface not in self._components:
+            kept, error = closed[_name(interface)]
+            if error is not None:
+                name = interface.__name__
+                raise _CannotOpen(
+                    f"the component kept for {_name(interface)} can't be opened ({error}); it stays as it is, "
+                    f"{name}(session, default) does without it, session.unsetComponent({name}) drops it"
+                ) from error
+            self._components[interface] = kept  # the interface has been imported meanwhile
         return Componentized.getComponent(self, interface, default)
 
     def setComponent(self, interface: type, component: object) -> None:
         """Make *component*, any object but None, the answer to ``interface(self)``."""
         Componentized.setComponent(self, interface, component)
-        self._store.drop(self, interface)
+        self._record.closed.pop(_name(interface), None)
 
     def unsetComponent(self, interface: type) -> None:
         """Forget the component for *interface*, even if it can't be opened; KeyError if there is none."""
-        if not self._store.drop(self, interface) or interface in self._components:
+        if self._record.closed.pop(_name(interface), None) is None or interface in self._components:
             Componentized.unsetComponent(self, interface)
 
     if TYPE_CHECKING:
@@ -1111,9 +1107,13 @@ class Session(Componentized):
         return f"<{type(self).__name__} {self.handle}{owned}, {self._record.state}, keeps {names}>"
 
 
-for _each in [*vars(Componentized).values(), *vars(Session).values()]:
-    if isinstance(_each, FunctionType) and not _each.__name__.startswith("__"):
-        setattr(Session, _each.__name__, _Method(getattr(Session, _each.__name__)))
+for _key, _each in {**vars(Componentized), **vars(Session)}.items():
+    if isinstance(_each, property):
+        setattr(Session, _key, _guard(_key, attrgetter("_record." + _key), _each.__doc__))
+    elif isinstance(_each, FunctionType) and not _key.startswith("__"):
+        setattr(Session, _key, _guard(_key, _each, _each.__doc__, _Method))
+for _key in ("modified", "permanent"):  # other libraries want these to be set; here that would do nothing
+    setattr(Session, _key, _guard(_key, None, "Not a session's: " + _INSTEAD[_key]))
 _keepers.add(vars(Session)["getComponent"])
 
 GuardSession = Session
@@ -1139,25 +1139,10 @@ else:
 implementer(ISession)(Session)
 
 
-# Strategy: where __setattr__ is guarded, setting slots by their descriptors takes a fifth of the time.
-_put_store, _put_record, _put_components, _put_token, _put_base = (
-    vars(Session)[name].__set__ for name in Session.__slots__
-)
-_put_dict = vars(Componentized)["__dict__"].__set__
-
-
 class _Look(Session):
     """A session to look at only, as `peek` answers it: what is set on it would go nowhere, so it is refused."""
 
     __slots__ = ()
-
-    def __init__(self, store: Any, record: _Record, request: Any = None) -> None:
-        _put_store(self, store)
-        _put_record(self, record)
-        _put_token(self, ref(self if request is None else request))
-        _put_base(self, None)
-        _put_components(self, record.components.copy())
-        _put_dict(self, record.attributes.copy())
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in Session.__slots__ and name != "__dict__":
@@ -1171,6 +1156,13 @@ class _Look(Session):
     setLifetime = notifyOnExpire = renew = login = release = _refuse
 
 
+def _look(session: Session) -> Session:
+    """Make *session* one to look at.  (Strategy: to set its slots under the guard would take five times as long.)"""
+    session._detach()
+    session.__class__ = _Look
+    return session
+
+
 # Holding
 # ---------------------------------------------------------------------------
 
@@ -1178,11 +1170,11 @@ _all_holds: weakref.WeakSet[_Holds] = weakref.WeakSet()
 
 
 def _busy(patience: float) -> SessionBusy:
-    message = (
+    return SessionBusy(
         f"another request has held this session for over {patience:g} s: make that request shorter, "
-        "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)"
+        "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)",
+        patience=patience,
     )
-    return _with(SessionBusy(message), patience=patience)
 
 
 class _Waiter:
@@ -1192,45 +1184,42 @@ class _Waiter:
         self.token, self.lock = token, threading.Lock()
         self.lock.acquire()
 
-    def wake(self) -> None:
-        try:
-            self.lock.release()
-        except RuntimeError:
-            pass  # another has woken it at this moment
+
+def _unlock(lock: Any) -> None:
+    try:
+        lock.release()
+    except RuntimeError:
+        pass  # another has done it at this moment
 
 
 class _Turn:
-    """``with``: alone with *key*, until the block is left, or its frame is gone by an exception at any bytecode."""
+    """``with``: a few instructions of our own that must not overlap, alone with *key*.
+
+    It ends with the block, or with its frame, whatever exception comes at any bytecode.
+    """
+
+    __slots__ = ("holds", "key", "thread", "frame", "__weakref__")
 
     def __init__(self, holds: _Holds, key: str) -> None:
-        self.holds, self.key, self.thread, self.frame = holds, key, threading.get_ident(), 0
+        self.holds, self.key = holds, key
 
     def __enter__(self) -> Any:
-        token, before, frame = ref(self), self.holds.holders.get(self.key), sys._getframe(1)
-        turn, self.frame = before and before(), id(frame)
-        if turn is not None and turn.thread == self.thread:
-            while frame is not None and id(frame) != turn.frame:
-                frame = frame.f_back  # type: ignore[assignment]
-            if frame is not None:
-                return token  # a finalizer has come upon us in that turn: it goes along
-            self.holds.free(self.key, before)  # an exception that is still in flight has torn us out of that turn
-        self.holds.take(self.key, token, 60)
+        token, frame = ref(self), sys._getframe(1)
+        self.thread, self.frame = threading.get_ident(), id(frame)
+        holder = self.holds.holders.setdefault(self.key, token)
+        if holder is not token:
+            turn = holder()
+            if turn is not None and turn.thread == self.thread:
+                while frame is not None and id(frame) != turn.frame:
+                    frame = frame.f_back  # type: ignore[assignment]
+                if frame is not None:
+                    return token  # a finalizer has come upon us in that turn: it goes along
+                self.holds.free(self.key, holder)  # an exception that is still in flight has torn us out of that turn
+            self.holds.take(self.key, token, 60)
         return token
 
     def __exit__(self, *exc_info: object) -> None:
         self.holds.free(self.key, ref(self))
-
-
-def _refuse_nested(token: Any) -> None:
-    """Raise if the request that holds a session is the one that called us: waiting for it would be in vain."""
-    request, frame = token and token(), sys._getframe(1)
-    while request is not None and frame is not None:
-        if frame.f_globals is globals() and frame.f_locals.get("exchange") is request:  # see SessionMiddleware
-            raise SessionBusy(
-                "a request asks for the session that the request around it holds (the application calls itself?): "
-                "call session.release() before that, or send another cookie"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 class _Holds:
@@ -1257,18 +1246,11 @@ class _Holds:
             if token() is None and self.take_over(key, ref(heir)):
                 self.free(key, ref(heir))
 
-    def forget(self) -> None:
-        """In a forked child: the threads that held, locked or waited are gone."""
-        self.holders.clear()
-        self.lines.clear()
-        self._lock = threading.Lock()
-
     def is_held(self, key: str) -> bool:
         token = self.holders.get(key)
         return token is not None and token() is not None
 
     def alone(self, key: str) -> _Turn:
-        """For a few instructions of our own that must not overlap.  It can't be nested."""
         return _Turn(self, key)
 
     def take(self, key: str, token: Any, patience: float) -> None:
@@ -1279,7 +1261,7 @@ class _Holds:
     def free(self, key: str, token: Any) -> None:
         """Let go of *key*, if *token* holds it: whoever has waited longest gets it."""
         if self.holders.get(key) is token:
-            for waiter in self._waiting(key):
+            for waiter in self._waiting(key) if key in self.lines else ():
                 heir = waiter.token
                 if heir is not None:
                     self.holders[key] = heir
@@ -1288,8 +1270,9 @@ class _Holds:
                     break
             else:
                 self.holders.pop(key, None)
-        for waiter in self._waiting(key)[:1]:  # who has it now, or has lined up meanwhile
-            waiter.wake()
+        if key in self.lines:
+            for waiter in self._waiting(key)[:1]:  # who has it now, or has lined up meanwhile
+                _unlock(waiter.lock)
 
     def _waiting(self, key: str) -> list[_Waiter]:
         line = self.lines.get(key)
@@ -1297,7 +1280,7 @@ class _Holds:
 
     def wait(self, key: str, token: Any, patience: float) -> None:
         """Line up for *key*, which another holds."""
-        _refuse_nested(self.holders.get(key))
+        self._refuse_nested(key)
         waiter, number, end = _Waiter(token), next(self._numbers), time.monotonic() + patience
         taken, line = False, {}
         try:
@@ -1322,6 +1305,18 @@ class _Holds:
         if not taken:
             raise _busy(patience)
 
+    def _refuse_nested(self, key: str) -> None:
+        """Raise if the request that holds *key* is the one that called us: waiting for it would be in vain."""
+        token = self.holders.get(key)
+        request, frame = token and token(), sys._getframe(1)
+        while request is not None and frame is not None:
+            if frame.f_globals is globals() and frame.f_locals.get("exchange") is request:  # see SessionMiddleware
+                raise SessionBusy(
+                    "a request asks for the session that the request around it holds (the application calls itself?): "
+                    "call session.release() before that, or send another cookie"
+                )
+            frame = frame.f_back  # type: ignore[assignment]
+
     def take_over(self, key: str, token: Any) -> bool:
         """Take *key* if it is free or its holder is dead; is it ours?"""
         holder = self.holders.setdefault(key, token)
@@ -1330,18 +1325,18 @@ class _Holds:
             self._lock.acquire(timeout=1)
             if self.holders.get(key) is holder:
                 self.holders[key] = token
-            try:
-                self._lock.release()
-            except RuntimeError:
-                pass
+            _unlock(self._lock)
         return self.holders.get(key) is token
 
 
 def _after_fork() -> None:
+    """In a forked child the threads that held, locked or waited are gone."""
     global _lock
     _lock = threading.RLock()
     for holds in list(_all_holds):
-        holds.forget()
+        holds.holders.clear()
+        holds.lines.clear()
+        holds._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -1369,16 +1364,150 @@ _NEW_OBJECT, _CALL, _MEMBER, _FACTORY, _SESSION = range(5)
 _warned: set[str] = set()
 
 
-def _make(name: str, how: int, *args: object) -> Any:
-    """Stands in a record for: an object of the class *name*.  Never called: `_read` puts another in its place."""
+def _make(*call: Any) -> Any:
+    """What a record calls, and all that it can.  It is never called: `_read` puts a function of its own in its place.
+
+    ``_make(class's name, how, *args)`` makes an object, ``_make(object, (state, items, pairs))`` fills one.
+    Strategy: both sides have it as number 0 in pickle's memo.  To name it in each record takes 2 us, on each side.
+    """
 
 
-def _fill(obj: object, filling: tuple[Any, Any, Any]) -> None:
-    """Stands in a record for: set the state of *obj*, append items, set pairs.  Never called either."""
+class _Closed:
+    """Stands for an object that can't be opened in this process; written again, it is what it was."""
+
+    def __init__(self, error: Exception, *call: Any) -> None:
+        self.error, self.call, self.filling = error, call, None
+
+    def reduced(self) -> tuple[Any, ...]:
+        return (_make, self.call) if self.filling is None else (_make, self.call, self.filling, None, None, _make)
 
 
-def _value_name(cls: type) -> str:
-    return _name(cls).replace("pathlib._local.", "pathlib.")  # where Python 3.13 has it
+class _Writer(pickle.Pickler):
+    """Pickles what is on *session* so that only plain values and declared classes take part.
+
+    No class or function gets into the record, but `_make`.  With *strict*, what can't be opened is an error.
+    """
+
+    def __init__(self, file: Any, session: Session, strict: bool = False) -> None:
+        super().__init__(file, 5)
+        self.memo = {id(_make): (0, _make)}
+        self.session, self.strict, self.name = session, strict, ""
+
+    def offence(self, offender: str) -> NotStorable:
+        name = f"the attribute {self.name[1:]}" if self.name.startswith(".") else f"the component {self.name}"
+        return NotStorable(
+            f"{name} can't be stored, it contains {offender}: decorate a class of yours with @storable (or "
+            "@implementer), leave open files, locks and functions out of components (see __getstate__), or use a "
+            "MemoryStore",
+            name=name,
+            offender=offender,
+        )
+
+    def class_name(self, cls: Any) -> str:
+        name = _name(cls)
+        if _storables.get(name) is not cls:
+            name = name.replace("pathlib._local.", "pathlib.")  # where Python 3.13 has it
+            if name not in _VALUES:
+                raise self.offence(f"an object of class {name}, which isn't declared")
+        elif (cls.__module__ == "__main__" or "<locals>" in name) and name not in _warned:
+            _warned.add(name)
+            _log(logging.WARNING, "unfindable", "-", "keeps a %s, which other processes can't find: use a module", name)
+        return name
+
+    def add(self, name: str, each: object) -> None:
+        self.name = name
+        try:
+            self.dump((name, each))
+        except NotStorable:
+            raise
+        except Exception as error:
+            raise self.offence(f"what pickle refuses ({error})") from error
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind in _PLAIN:
+            return NotImplemented
+        if isinstance(obj, Session) and obj._record.key == self.session._record.key:
+            return _make, ("", _SESSION)  # this view of it, or that of another request
+        if kind is _Closed:
+            if self.strict:
+                raise obj.error
+            return obj.reduced()
+        if isinstance(obj, type):
+            raise self.offence(f"the class {_name(obj)} itself")
+        if isinstance(obj, enum.Enum):
+            return _make, (self.class_name(kind), _MEMBER, obj.name if obj.name in kind.__members__ else obj.value)
+        if kind is defaultdict:
+            factory: Any = obj.default_factory
+            if factory is not None and not isinstance(factory, type):
+                raise self.offence(f"a defaultdict with {factory!r}, which is no declared class, nor int, list, ...")
+            kept = "" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)
+            call: Any = (self.class_name(kind), _FACTORY, kept)
+            return _make, call, (None, None, list(obj.items())), None, None, _make
+        if _name(kind) == "zoneinfo.ZoneInfo" and obj.key is not None:
+            return _make, ("zoneinfo.ZoneInfo", _CALL, obj.key)
+        return self.reduced(obj, kind)
+
+    def reduced(self, obj: Any, kind: type) -> tuple[Any, ...]:
+        """What the object itself wants to be written as, by our function."""
+        reduce = copyreg.dispatch_table.get(kind)
+        try:
+            reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
+        except TypeError as error:
+            raise self.offence(f"an object of class {_name(kind)} ({error})") from error
+        if isinstance(reduced, str):
+            raise self.offence(f"{reduced} of {kind.__module__}")
+        cls, args, *rest = reduced
+        state, items, pairs = (*rest, None, None, None)[:3]
+        how: int = _CALL
+        if cls is copyreg.__newobj__:  # type: ignore[attr-defined]
+            (cls, *args), how = args, _NEW_OBJECT
+        elif not isinstance(cls, type):
+            by = getattr(cls, "__qualname__", repr(cls))
+            raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
+        call = (self.class_name(cls), how, *args)
+        if isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
+            raise self.offence(f"the one object of class {_name(cls)}, which all share: make it an enum")
+        if state is None and items is None and pairs is None:
+            return _make, call
+        return _make, call, (state, items and list(items), pairs and list(pairs)), None, None, _make
+
+
+def _dump(session: Any) -> bytes:
+    """The content of a record: all components and attributes of *session*, and what can't be opened.
+
+    Pairs of a name, that of an interface or "." and that of an attribute, and what is kept there,
+    pickled one after the other with one memo: what they share stays shared.
+    """
+    file = io.BytesIO()
+    writer, attributes = _Writer(file, session), vars(session)
+    for interface, component in list(session._components.items()):
+        name = _name(interface)
+        if _interfaces.get(name) is not interface:
+            writer.name = name
+            raise writer.offence("a name that now means another interface of that name")
+        writer.add(name, component)
+    for name, value in list(attributes.items()):
+        writer.add("." + name, value)
+    for name, (kept, _) in session._record.closed.items():
+        if not name.startswith(".") or name[1:] not in attributes:
+            writer.add(name, kept)
+    return file.getvalue()
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles with *make* for `_make`; no record gets at anything else."""
+
+    def __init__(self, content: bytes, make: Any = None) -> None:
+        self.make = make
+        super().__init__(io.BytesIO(content if make is None else b"cm\nmake\n\x94." + content))
+        if make is not None:
+            self.load()  # into the memo
+
+    def find_class(self, module: str, name: str) -> Any:
+        if self.make is None or name != "make":
+            raise SealError(f"a record asks for {module}.{name}")
+        return self.make
 
 
 def _find_class(name: str) -> Any:
@@ -1392,158 +1521,22 @@ def _find_class(name: str) -> Any:
     return cls
 
 
-def _build(cls: Any, how: int, args: Sequence[Any]) -> Any:
-    """An object of *cls*; SealError for one that others have, too: a record may only fill what it has made."""
+def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
+    cls = _find_class(name)
+    if how == _MEMBER and issubclass(cls, enum.Enum):
+        return cls[args[0]] if isinstance(args[0], str) and args[0] in cls.__members__ else cls(*args)
+    if how == _FACTORY:
+        plain = {each.__name__: each for each in _PLAIN}
+        return cls(plain.get(args[0]) or _find_class(args[0]) if args[0] else None)
     build: Any = cls if how == _CALL else partial(cls.__new__, cls)
     made = build(*args)
     if (isinstance(cls.__new__, FunctionType) or type(cls).__call__ is not type.__call__) and build(*args) is made:
-        raise SealError(f"{_name(cls)} gives the same object to all who ask; only an enum may do that")
+        # A record may only fill what it has made.
+        raise SealError(f"{name} gives the same object to all who ask; only an enum may do that")
     return made
 
 
-class _Closed:
-    """Stands for an object that can't be opened in this process; written again, it is what it was."""
-
-    def __init__(self, error: Exception, *call: Any) -> None:
-        self.error, self.call, self.filling = error, call, None
-
-    def reduced(self) -> tuple[Any, ...]:
-        return (_make, self.call) if self.filling is None else (_make, self.call, self.filling, None, None, _fill)
-
-
-class _Writer(pickle.Pickler):
-    """Pickles what is on *session* so that only plain values and declared classes take part.
-
-    No class or function gets into the record.  An object is written as ``_make(name of its class,
-    how, ...)`` and filled by ``_fill``.  With *strict*, what can't be opened is an error.
-    """
-
-    # What errors call what is being written.
-    name = ""
-
-    def __init__(self, file: Any, session: Session, strict: bool = False) -> None:
-        super().__init__(file, 5)
-        self.session, self.strict = session, strict
-
-    def offence(self, offender: str) -> NotStorable:
-        message = (
-            f"{self.name} can't be stored, it contains {offender}: decorate a class of yours with @storable (or "
-            "@implementer), leave open files, locks and functions out of components (see __getstate__), or use a "
-            "MemoryStore"
-        )
-        return _with(NotStorable(message), name=self.name, offender=offender)
-
-    def class_name(self, cls: Any) -> str:
-        name = _value_name(cls)
-        if _storables.get(name) is not cls and name not in _VALUES:
-            raise self.offence(f"an object of class {name}, which isn't declared")
-        if (cls.__module__ == "__main__" or "<locals>" in name) and name not in _warned:
-            _warned.add(name)
-            _log(logging.WARNING, "unfindable", "-", "keeps a %s, which other processes can't find: use a module", name)
-        return name
-
-    def add(self, name: str, each: object) -> None:
-        self.name = f"the attribute {name[1:]}" if name.startswith(".") else f"the component {name}"
-        try:
-            self.dump((name, each))
-        except NotStorable:
-            raise
-        except Exception as error:
-            raise self.offence(f"what pickle refuses ({error})") from error
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind in _PLAIN or obj is _make or obj is _fill:
-            return NotImplemented
-        if isinstance(obj, Session) and obj._record.key == self.session._record.key:
-            return _make, ("", _SESSION)  # this view of it, or that of another request
-        if kind is _Closed:
-            if self.strict:
-                raise obj.error
-            return obj.reduced()
-        if isinstance(obj, type):
-            raise self.offence(f"the class {_name(obj)} itself")
-        name = _value_name(kind)
-        if isinstance(obj, enum.Enum):
-            return _make, (self.class_name(kind), _MEMBER, obj.name if obj.name in kind.__members__ else obj.value)
-        if name == "zoneinfo.ZoneInfo" and obj.key is not None:
-            return _make, (name, _CALL, obj.key)
-        if name == "collections.defaultdict":
-            factory: Any = obj.default_factory
-            if factory is not None and not isinstance(factory, type):
-                raise self.offence(f"a defaultdict with {factory!r}, which is no declared class, nor int, list, ...")
-            kept = "" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)
-            return _make, (name, _FACTORY, kept), (None, None, list(obj.items())), None, None, _fill
-        return self.reduced(obj, kind)
-
-    def reduced(self, obj: Any, kind: type) -> tuple[Any, ...]:
-        """What the object itself wants to be written as, by our functions."""
-        reduce = copyreg.dispatch_table.get(kind)
-        try:
-            reduced = reduce(obj) if reduce else obj.__reduce_ex__(5)
-        except TypeError as error:
-            raise self.offence(f"an object of class {_name(kind)} ({error})") from error
-        if isinstance(reduced, str):
-            raise self.offence(f"{reduced} of {kind.__module__}")
-        function, args, *rest = reduced
-        state, items, pairs = (*rest, None, None, None)[:3]
-        cls: Any = function
-        how = _CALL
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            (cls, *args), how = args, _NEW_OBJECT
-        elif not isinstance(function, type):
-            by = getattr(function, "__qualname__", repr(function))
-            raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
-        call: Any = (self.class_name(cls), how, *args)
-        if isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
-            raise self.offence(f"the one object of class {_name(cls)}, which all share: make it an enum")
-        if state is None and items is None and pairs is None:
-            return _make, call
-        return _make, call, (state, items and list(items), pairs and list(pairs)), None, None, _fill
-
-
-def _dump(session: Any, closed: dict[str, Any]) -> bytes:
-    """The content of a record: all components and attributes of *session*, and what is *closed* on it.
-
-    Pairs of a name, that of an interface or "." and that of an attribute, and what is kept there,
-    pickled one after the other with one memo: what they share stays shared.
-    """
-    file = io.BytesIO()
-    writer, written = _Writer(file, session), set()
-    for interface, component in list(session._components.items()):
-        name = _name(interface)
-        if _interfaces.get(name) is not interface:
-            writer.name = f"the component {name}"
-            raise writer.offence("a name that now means another interface of that name")
-        written.add(name)
-        writer.add(name, component)
-    for name, value in list(vars(session).items()):
-        written.add("." + name)
-        writer.add("." + name, value)
-    for name, (kept, _) in closed.items():
-        if name not in written:
-            writer.add(name, kept)
-    return file.getvalue()
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickles with *functions* for `_make` and `_fill`; no record gets at anything else."""
-
-    def __init__(self, content: bytes, **functions: Any) -> None:
-        super().__init__(io.BytesIO(content))
-        self.functions = functions
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.functions:
-            raise SealError(f"a record asks for {module}.{name}")
-        return self.functions[name]
-
-
-class _Failed(Exception):
-    """The object with this number can't be filled."""
-
-
-def _fill_object(obj: Any, state: Any, items: Any, pairs: Any) -> None:
+def _fill(obj: Any, state: Any, items: Any, pairs: Any) -> None:
     """Do what pickle does with the state, items and pairs of a reduced object."""
     if items is not None:
         obj.extend(items)
@@ -1559,21 +1552,17 @@ def _fill_object(obj: Any, state: Any, items: Any, pairs: Any) -> None:
             setattr(obj, name, value)
 
 
-def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
-    cls = _find_class(name)
-    if how == _MEMBER and issubclass(cls, enum.Enum):
-        return cls[args[0]] if isinstance(args[0], str) and args[0] in cls.__members__ else cls(*args)
-    if how == _FACTORY:
-        plain = {each.__name__: each for each in _PLAIN}
-        return cls(plain.get(args[0]) or _find_class(args[0]) if args[0] else None)
-    return _build(cls, how, args)
+class _Failed(Exception):
+    """The object with this number, of a class with this name, can't be filled because of this error."""
 
 
 def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
     made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
 
-    # These are made anew for each reading: all that a forged record can do to them dies with it.
-    def make(name: str, how: int, *args: Any) -> Any:
+    # It is made anew for each reading: all that a forged record can do to it dies with it.
+    def make(name: Any, how: Any, *args: Any) -> Any:
+        if type(how) is tuple:
+            return fill(name, how)
         if how == _SESSION:
             return session
         number = len(made)
@@ -1590,19 +1579,19 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
         made[id(obj)] = obj, number, name
         return obj
 
-    def fill(obj: Any, filling: tuple[Any, Any, Any]) -> None:
+    def fill(obj: Any, filling: Any) -> None:
         if id(obj) not in made:
             raise SealError("a record can't set the state of what it hasn't made")
         try:
             if type(obj) is _Closed:
-                obj.filling = filling  # type: ignore[assignment]
+                obj.filling = filling
             else:
-                _fill_object(obj, *filling)
+                _fill(obj, *filling)
         except Exception as error:
             raise _Failed(*made[id(obj)][1:], error) from error
 
     loaded: dict[str, Any] = {}
-    reader = _Reader(content, _make=make, _fill=fill)
+    reader = _Reader(content, make)
     while True:
         try:
             name, each = reader.load()
@@ -1735,44 +1724,32 @@ class IStore(Interface):
         ...
 
 
-def _require_owner(owner: object) -> None:
-    if not isinstance(owner, str) or not owner:
-        raise TypeError(f"an owner is a name, a str that isn't empty, not {owner!r}; store.clear() ends everybody's")
+def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
+    return heap[0] if heap else (_NEVER, "")
 
 
-def _raise_first(errors: Iterable[BaseException | None]) -> None:
-    """Raise the first of what callbacks raised that was no Exception."""
+def _raise_first(errors: Iterable[BaseException | None], spare: Any = ()) -> None:
+    """Raise the first of what callbacks raised that was no Exception, unless it is *spare*d.
+
+    A request that ends others' sessions on its way spares a SystemExit: that is theirs, and has been
+    logged.  Anything else (Ctrl-C, gevent's Timeout) came from outside.
+    """
     for error in errors:
-        if error is not None:
+        if error is not None and not isinstance(error, spare):
             raise error
 
 
-def _spare(errors: Iterable[BaseException | None]) -> None:
-    """The same for callbacks that ran on the occasion of a request which has nothing to do with them.
-
-    A SystemExit is theirs, and has been logged.  Anything else (Ctrl-C, gevent's Timeout) came from outside.
-    """
-    _raise_first(error for error in errors if not isinstance(error, SystemExit))
+def _created(record: _Record) -> None:
+    _log(logging.INFO, "created", record.handle, "created", owner=record.owner)
 
 
-def _component_callback(session: Any, callback: Any) -> tuple[str, str]:
-    """How a callback is stored: the interface of a component, and the name of one of its methods."""
-    target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
-    for interface, component in list(session._components.items()):
-        if component is target and getattr(component, name, None) == callback:
-            return _name(interface), name
-    raise TypeError(
-        f"on a persistent store a callback is a method of one of the session's components, which {callback!r} "
-        "isn't: setComponent() first, then session.notifyOnExpire(component.method)"
-    )
+def _renewed(record: _Record, fields: dict[str, Any]) -> None:
+    _log(logging.INFO, "login" if "owner" in fields else "renewed", record.handle, "is its new id", owner=record.owner)
 
 
-def _log_moved(record: _Record, event: str) -> None:
-    _log(logging.INFO, event, record.handle, "is its new id", owner=record.owner)
-
-
-def _log_lost(session: Session) -> None:
+def _lost(session: Session) -> SessionError:
     _log(logging.WARNING, "lost", session.handle, "was ended while a request used it: nothing is saved")
+    return SessionError("this session has ended: ISession(environ) answers a new one")
 
 
 def _conflict(session: Session) -> SessionConflict:
@@ -1783,21 +1760,9 @@ def _conflict(session: Session) -> SessionConflict:
     )
 
 
-def _ended_error() -> SessionError:
-    return SessionError("this session has ended: ISession(environ) answers a new one")
-
-
 def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     """Have both the same objects?"""
     return len(one) == len(other) and all(other.get(key, _NEVER) is each for key, each in list(one.items()))
-
-
-def _pop(entries: dict[Any, Any], key: Any) -> None:
-    entries.pop(key, None)
-
-
-def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
-    return heap[0] if heap else (_NEVER, "")
 
 
 @implementer(IStore)
@@ -1813,7 +1778,7 @@ class MemoryStore:
 
     Strategy: opening and letting go take no lock, see `_Holds`.  A heap has one deadline for each
     session, never later than the real one: requests only move the real one on, and the heap is put
-    right when its entry comes to the top.  What moves or ends a record is done alone.
+    right when its entry comes to the top.  What adds, moves or ends a record is done alone.
     """
 
     # Each access looks at no more due sessions than this.  It has to be over 1 for the abandoned
@@ -1829,19 +1794,18 @@ class MemoryStore:
         self._records: dict[str, _Record] = {}
         self._owned: dict[str, dict[_Record, None]] = {}
         self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
-        # Deadlines of anonymous sessions and of owners', and those that aren't in these heaps yet.
-        self._heaps: tuple[list[tuple[float, str]], list[tuple[float, str]]] = ([], [])
-        self._fresh: deque[tuple[float, str, bool]] = deque()
+        self._heaps: tuple[list[tuple[float, str]], ...] = ([], [])  # deadlines of anonymous sessions, and of owners'
         self._next = _NEVER  # no deadline is earlier
-        self._running: dict[Any, None] = {}  # weak references to views that have let go and may still be used
-        self._forget = partial(_pop, self._running)
+        self._parked: set[_Record] = set()  # found in use when they were due: judged when they are let go
+        # Views that have let go and may still be used, by weak references that remove themselves.
+        self._running: set[Any] = set()
 
     def __len__(self) -> int:
         return len(self._records)
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
         uid = _new_uid()
-        return Session(self, _Record(uid, uid, self.clock(), lifetime, max_lifetime))
+        return Session(self, _Record(uid, uid, _new_fields(self.clock(), lifetime, max_lifetime)))
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
         now = self.clock()
@@ -1863,7 +1827,7 @@ class MemoryStore:
             self.holds.free(uid, token)
             return self._missing(uid, now)
         if now >= record.due and now >= record.expires:  # in this order: mostly the first will do
-            _spare(self._end([record], "", now))
+            _raise_first(self._end([record], "", now), spare=SystemExit)
             return None
         record.lastModified = now
         return session
@@ -1873,75 +1837,75 @@ class MemoryStore:
 
     def peek(self, uid: str, request: object = None) -> Session | None:
         record, now = self._records.get(uid), self.clock()
-        if record is not None and now < record.expires:
-            session = _Look(self, record, request)
-            self._running[ref(session, self._forget)] = None
+        if record is not None and (now < record.due or now < record.expires):
+            look = _look(Session(self, record, request))
+            self._running.add(ref(look, self._running.discard))
             if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
                 if now - record.lastModified >= record.lifetime / 8:
                     record.lastModified = now
-                return session
+                return look
         return self._missing(uid, now)
 
     def save(self, session: Session) -> None:
-        record, now = session._record, self.clock()
-        token, key = session._token, record.key
+        record, token = session._record, session._token
+        key = record.key
         if session._base is not None:
             self.save_late(session)
         elif record.state is _STORED and self._holders.get(key) is token:
             if self.strict:
-                _dump(session, {})
+                _dump(session)
+            record.lastModified = self.clock()
             request = token()
-            if request is None or not request._over:
-                self._let_go(session)
-            record.lastModified = now
-            if record.due > now + record.lifetime or record.due > record.since + record.max_lifetime:
-                self._schedule(record)
+            if request is None or not request._over or self._parked:
+                self._let_go(session, request)
             # Strategy: where nobody waits this is holds.free, without the call.
             if key not in self.holds.lines:
                 self._holders.pop(key, None)
             if key in self.holds.lines:
                 self.holds.free(key, token)
         elif record.state is _ENDED:
-            _log_lost(session)
+            _lost(session)
         elif record.state is _NEW and not record.is_empty():
-            self._check(session)
-            record.lastModified = now
+            if self.strict:
+                _dump(session)
+            record.lastModified = now = self.clock()
             self._insert(record, now)
-            self._let_go(session)
+            self._let_go(session, token())
 
-    def _check(self, session: Session) -> None:
-        if self.strict:
-            _dump(session, {})
+    def _let_go(self, session: Session, request: Any) -> None:
+        """From here on *session* has contents of its own, and is cut off when somebody moves its record.
 
-    def _let_go(self, session: Session) -> None:
-        """From here on *session* has contents of its own, and is cut off when somebody moves its record."""
+        If the response to *request* is over, it goes on sharing them with whoever holds the record.
+        """
         record = session._record
-        session._base = record.attributes.copy(), record.components.copy()
-        session._detach()
-        self._running[ref(session, self._forget)] = None
+        if record in self._parked:
+            self._parked.discard(record)
+            self.schedule(record)
+        if request is None or not request._over:
+            session._base = record.attributes.copy(), record.components.copy()
+            session._detach()
+            self._running.add(ref(session, self._running.discard))
 
     def save_late(self, session: Session) -> None:
         """Save what was changed without a hold, if nobody else has changed it; `SessionConflict` otherwise."""
         record, base, mine = session._record, session._base, (vars(session), session._components)
-        if record.state is _STORED and record.expires < record.due:  # by setLifetime()
-            self._schedule(record)
         if record.state is not _STORED or all(map(_same, mine, base)):
             return
-        self._check(session)
+        if self.strict:
+            _dump(session)
         key, token, now = record.key, session._token, self.clock()
         self.holds.take(key, token, getattr(token(), "_patience", 10))
         try:
             shared = record.attributes, record.components
             if record.state is not _STORED or record.key != key or now >= record.expires:
-                _log_lost(session)
+                _lost(session)
             elif not all(map(_same, shared, base)):
                 raise _conflict(session)
             else:
                 for theirs, ours in zip(shared, mine, strict=True):
                     theirs.clear()
                     theirs.update(ours)
-                record.lastModified = now
-                self._let_go(session)
+                record.lastModified, session._base = now, tuple(each.copy() for each in mine)
         finally:
             self.holds.free(key, token)
 
@@ -1951,18 +1915,15 @@ class MemoryStore:
             record.lastModified = now
 
     def release(self, session: Session) -> None:
-        record = session._record
         if session._is_holding():
-            self._let_go(session)
-            if record.expires < record.due:  # it was found in use when it was due
-                self._schedule(record)
-            self.holds.free(record.key, session._token)
+            self._let_go(session, session._token())
+            self.holds.free(session._record.key, session._token)
 
     def leave(self, session: Session) -> None:
         """The response is over: what keeps the session shares the record's contents again."""
         if session._base is not None and session._record.state is _STORED:
             session._bind(session._record)
-        self._running.pop(ref(session), None)
+        self._running.discard(ref(session))
 
     def refresh(self, session: Session) -> None:
         """Find out whether it has ended: that is known at once."""
@@ -1971,24 +1932,24 @@ class MemoryStore:
         record: _Record = session._record
         token, now, uid, old, fresh = session._token, self.clock(), _new_uid(), record.key, record
         if record.owner not in (None, fields.get("owner", record.owner)):
-            fresh = _Record(uid, uid, now, record.lifetime, record.max_lifetime)
+            fresh = _Record(uid, uid, _new_fields(now, record.lifetime, record.max_lifetime))
         if record.state is _STORED:
             self.holds.take(uid, token, 0)
             with self.holds.alone("moving"):
                 if self._records.get(old) is not record:
                     self.holds.free(uid, token)
-                    raise _ended_error()
+                    raise _lost(session)
                 self._move(record, fresh, uid, fields)
         elif record.state is _ENDED:  # at this moment
-            raise _ended_error()
+            raise _lost(session)
         else:
-            fresh.set(uid=uid, key=uid, **fields)
-            fresh.state = _NEW if "owner" in fields else record.state  # a login makes a stand-in real
+            state = _NEW if "owner" in fields else record.state  # a login makes a stand-in real
+            fresh.set(uid=uid, key=uid, state=state, **fields)
         session._bind(fresh)
-        _log_moved(fresh, "login" if "owner" in fields else "renewed")
+        _renewed(fresh, fields)
         self.holds.free(old, token)
         if fresh is not record:
-            _raise_first([record.end("another", self.live_callback)])
+            _raise_first([record.end("another")])
 
     def _move(self, record: _Record, fresh: _Record, uid: str, fields: dict[str, Any]) -> None:
         """Let *fresh*, mostly the same, be found under *uid* instead of *record* (alone).
@@ -2000,12 +1961,13 @@ class MemoryStore:
         self._moved[old] = until = self.clock() + _REMEMBERED
         self._cut(record)
         self._own(fresh, fields.get("owner", owner))
+        heappush(self._heaps[0], (until, uid))  # should an exception come now, this entry is found
         self._next = min(self._next, until)
-        self._fresh.append((until, uid, False))  # should an exception come now, this entry is found
         self._records[uid] = fresh
         fresh.set(uid=uid, key=uid, state=_STORED, **fields)
         self._schedule(fresh)
         self._records.pop(old, None)
+        self._parked.discard(record)
         if fresh is not record:
             record.state = _ENDED
         if fresh is not record or fresh.owner != owner:
@@ -2033,13 +1995,13 @@ class MemoryStore:
             ended = self._due(now, self._batch, token) if now >= self._next else []
             if self.capacity is not None:
                 ended += self._evict(self.capacity - 1, now, token)
-            self._settle()
             self._own(record, record.owner)
             self._schedule(record)
             record.state = _STORED
             self._records[record.key] = record
-        _log(logging.INFO, "created", record.handle, "created", owner=record.owner)
-        _spare(self._finish(ended, "", now))
+        _created(record)
+        if ended:
+            _raise_first(self._finish(ended, "", now), spare=SystemExit)
 
     # Ending
 
@@ -2048,29 +2010,21 @@ class MemoryStore:
         if record.state is _STORED:
             _raise_first(self._end([record], "logout"))
         elif record.state is not _ENDED:
-            _raise_first([record.end("logout", self.live_callback)])
+            _raise_first([record.end("logout")])
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
-        _require_owner(owner)
+        _check_owner(owner)
         kept = None if keep is None else keep._record
-        return self._raise_end(record for record in list(self._owned.get(owner, ())) if record is not kept)
+        return self._end_all([record for record in list(self._owned.get(owner, ())) if record is not kept])
 
     def clear(self) -> int:
         with self.holds.alone("moving"):
-            self._mend()
-        return self._raise_end(list(self._records.values()))
+            for key, record in list(self._records.items()):
+                if record.key != key:  # an exception has torn a move in two
+                    self._records.pop(key, None)
+        return self._end_all(list(self._records.values()))
 
-    def _mend(self) -> None:
-        """Drop what an exception in the middle of a move has left: second entries, and ghosts among the owned."""
-        for key, record in list(self._records.items()):
-            if record.key != key:
-                self._records.pop(key, None)
-        for owner, records in list(self._owned.items()):
-            for record in list(records):
-                if self._records.get(record.key) is not record:
-                    self._disown(record, owner)
-
-    def _raise_end(self, records: Iterable[_Record]) -> int:
+    def _end_all(self, records: list[_Record]) -> int:
         errors = self._end(records, "all")
         _raise_first(errors)
         return len(errors)
@@ -2078,7 +2032,6 @@ class MemoryStore:
     def sweep(self) -> int:
         now = self.clock()
         with self.holds.alone("moving") as token:
-            self._mend()
             self.holds.prune()
             records = self._due(now, _NEVER, token)
         errors = self._finish(records, "", now)
@@ -2086,13 +2039,12 @@ class MemoryStore:
         return len(errors)
 
     def sessions(self, owner: str) -> list[Session]:
-        _require_owner(owner)
-        now = self.clock()
-        owned = [record for record in list(self._owned.get(owner, ())) if record.state is _STORED]
-        live = [record for record in owned if now < record.expires]
-        return [_Look(self, record) for record in sorted(live, key=attrgetter("created"))]
+        _check_owner(owner)
+        now, owned = self.clock(), list(self._owned.get(owner, ()))
+        live = [record for record in owned if record.state is _STORED and now < record.expires]
+        return [_look(Session(self, record)) for record in sorted(live, key=attrgetter("created"))]
 
-    def _end(self, records: Iterable[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
+    def _end(self, records: list[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
         with self.holds.alone("moving"):
             mine = [record for record in records if self._take_out(record)]
         return self._finish(mine, reason, now)
@@ -2101,8 +2053,9 @@ class MemoryStore:
         """Take *record* out (alone); was it there?  Who takes it out ends it."""
         if self._records.get(record.key) is not record:
             return False
-        record.hold, record.state = self.holds.holders.get(record.key), _ENDED
+        record.hold, record.state = self._holders.get(record.key), _ENDED
         self._records.pop(record.key, None)
+        self._parked.discard(record)
         self._disown(record, record.owner)
         return True
 
@@ -2111,14 +2064,20 @@ class MemoryStore:
         for record in records:
             self._cut(record)
             self.holds.free(record.key, record.hold)
-        return [record.end(reason or record.why(now), self.live_callback) for record in records]
+        return [record.end(reason, now) for record in records]
 
     # Deadlines
 
+    def schedule(self, record: _Record) -> None:
+        """Its lifetime has changed."""
+        if record.state is _STORED and record.expires < record.due:
+            with self.holds.alone("moving"):
+                self._schedule(record)
+
     def _schedule(self, record: _Record) -> None:
-        """Have its deadline looked at; an earlier entry is void from now on."""
+        """Have its deadline looked at; an earlier entry is void from now on (alone)."""
         record.due = due = record.expires
-        self._fresh.append((due, record.key, record.owner is not None))
+        heappush(self._heaps[record.owner is not None], (due, record.key))
         self._next = min(self._next, due)
 
     def _reclaim(self, now: float) -> None:
@@ -2126,33 +2085,24 @@ class MemoryStore:
         if not self.holds.is_held("moving"):
             with self.holds.alone("moving") as token:
                 records = self._due(now, self._batch, token)
-            _spare(self._finish(records, "", now))
+            _raise_first(self._finish(records, "", now), spare=SystemExit)
 
     def _due(self, now: float, limit: float, token: Any) -> list[_Record]:
         """Take out those that have expired, of *limit* that may have (alone)."""
         taken: list[_Record] = []
-        self._settle()
         while limit > 0 and (heap := min(self._heaps, key=_top)) and heap[0][0] <= now:
             limit -= 1
             taken += self._take(heap, now, token)
         for uid, until in list(itertools.islice(self._moved.items(), self._batch)):
             if not now < until <= now + _REMEMBERED:  # or the clock was put back
                 self._moved.pop(uid, None)
-        moved = next(iter(self._moved.values()), _NEVER)
-        self._next = min(moved, *(_top(heap)[0] for heap in self._heaps))
-        self._next = min([self._next, *(due for due, _, _ in list(self._fresh))])  # what has come meanwhile
-        return taken
-
-    def _settle(self) -> None:
-        """Bring the heaps up to date (alone)."""
-        while self._fresh:
-            due, key, owned = self._fresh.popleft()
-            heappush(self._heaps[owned], (due, key))
+        self._next = min(next(iter(self._moved.values()), _NEVER), *(_top(heap)[0] for heap in self._heaps))
         for heap in self._heaps:
             if len(heap) > 4 * len(self._records) + 100:
                 # Three in four are void: those of renewed and ended sessions with long lifetimes.
                 heap[:] = {(due, key) for due, key in heap if key in self._records and due == self._records[key].due}
                 heapify(heap)
+        return taken
 
     def _take(self, heap: list[tuple[float, str]], now: float, token: Any) -> list[_Record]:
         """Take the first entry from a heap, and its record out if that is its end and nobody uses it (alone)."""
@@ -2164,6 +2114,7 @@ class MemoryStore:
             return []  # void
         if not self.holds.take_over(key, token):
             record.due = max(now, due) + 10  # in use: judged when it is let go, or later if its request has died
+            self._parked.add(record)
         elif record.expires > max(now, due):
             record.due = record.expires  # it was used after its entry was made
         else:
@@ -2177,32 +2128,11 @@ class MemoryStore:
     def _evict(self, most: int, now: float, token: Any) -> list[_Record]:
         """Take out what has to go so that there are no more than *most* (alone)."""
         evicted: list[_Record] = []
-        self._settle()
         for heap in self._heaps:
             for _ in range(2 * len(heap)):
                 if len(self._records) > most and heap:
                     evicted += self._take(heap, now, token)
         return evicted
-
-    # What persistent stores have more to do for
-
-    def keep_callback(self, session: Session, callback: Any) -> Any:
-        """What to keep of a callback."""
-        if self.strict:
-            _component_callback(session, callback)
-        return callback
-
-    def live_callback(self, callback: Any) -> Any:
-        """What to call for what was kept."""
-        return callback
-
-    def trouble(self, session: Session, interface: object) -> Exception | None:
-        """Why the component for *interface* can't be opened: here all can."""
-        return None
-
-    def drop(self, session: Session, interface: object) -> bool:
-        """Drop what can't be opened for *interface*; was there something?"""
-        return False
 
 
 # Persistent stores
@@ -2223,14 +2153,11 @@ _persistent_stores: weakref.WeakSet[PersistentStore] = weakref.WeakSet()
 class _StoredRecord(_Record):
     """A record of its own for each request, read from where the store keeps it."""
 
-    # content, fields: what is stored, as `_dump` writes it and of `_FIELDS`; closed: what can't be
-    # opened here, by name, with the error.
-    __slots__ = ("content", "fields", "closed")
+    __slots__ = ("content", "fields", "closed")  # what is stored, as `_dump` writes it and of `_FIELDS`
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.content, self.fields = b"", ()
-        self.closed: dict[str, tuple[Any, Exception]] = {}
+    def __init__(self, uid: str, key: str, fields: tuple[Any, ...] = ()) -> None:
+        super().__init__(uid, key, fields)
+        self.content, self.fields, self.closed = b"", fields, {}
 
     @property
     def handle(self) -> str:
@@ -2243,22 +2170,23 @@ def _is_tombstone(raw: bytes) -> bool:
 
 def _deadlines(fields: tuple[Any, ...]) -> tuple[float, float]:
     """The idle and the absolute deadline."""
-    modified, _, _, lifetime, max_lifetime, since, *_ = fields
-    return modified + lifetime, since + max_lifetime
+    return fields[0] + fields[3], fields[5] + fields[4]
 
 
-def _are_well_formed(fields: tuple[Any, ...]) -> bool:
+def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
     """Are these values for `_FIELDS` that this version writes?"""
-    modified, cookie, *numbers, owner, authenticated, forgotten, callbacks = fields
-    pairs = [pair for pair in (forgotten, cookie) if pair is not None]
-    return (
-        len(fields) == len(_FIELDS)
-        and {float, int}.issuperset(map(type, (modified, *numbers, authenticated or 0, *sum(pairs, ()))))
-        and all(deadline > -1e300 for deadline in _deadlines(fields))  # nor NaN
-        and (owner is None or type(owner) is str)
-        and all(len(pair) == 2 for pair in pairs)
-        and all(type(name) is str and type(method) is str for name, method in callbacks)
-    )
+    modified, cookie, created, lifetime, max_lifetime, since, owner, authenticated, forgotten, callbacks = fields
+    cookie, forgotten, idle, absolute = cookie or (0, 0), forgotten or (0, 0), *_deadlines(fields)
+    numbers = (modified, created, lifetime, max_lifetime, since, authenticated or 0, *cookie, *forgotten)
+    if (
+        not {float, int}.issuperset(map(type, numbers))
+        or not (idle > -1e300 < absolute)  # nor NaN
+        or not (owner is None or type(owner) is str)
+        or not len(cookie) == len(forgotten) == 2
+        or not all(type(name) is type(method) is str for name, method in callbacks)
+    ):
+        raise SealError("the record has another form than this version writes")
+    return fields
 
 
 @implementer(IStore)
@@ -2283,6 +2211,8 @@ class PersistentStore:
     should look at it; *owner* is a hash, "" for none.  Their exceptions reach the application as
     `StoreError`.
     """
+
+    strict = True
 
     # How many records that may be due every third new session looks at (more than three, so that
     # they become fewer), and an access after so many seconds.
@@ -2382,10 +2312,6 @@ class PersistentStore:
             name = operation.__name__.strip("_")
             raise StoreError(f"{self!r}: {name} failed: {type(error).__name__}: {error}") from error
 
-    def _moved(self, raw: bytes) -> Session | None:
-        """What to answer for a tombstone."""
-        return MOVED if self.clock() < int(raw[1:] or 1 << 60) else None
-
     def _read(self, key: str) -> bytes:
         return bytes(self._ask(self.read, key) or b"")
 
@@ -2415,14 +2341,11 @@ class PersistentStore:
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
             end = 8 + int(body[:8])
-            fields = _Reader(body[8:end]).load()
-            if _are_well_formed(fields):
-                return fields, body[end:]
+            return _check_fields(_Reader(body[8:end]).load()), body[end:]
         except Exception as error:
             raise SealError(f"the record can't be read: {error}") from error
-        raise SealError("the record has another form than this version writes")
 
-    def _log_refused(self, key: str, error: Exception) -> None:
+    def _refuse(self, key: str, error: Exception) -> None:
         _log(logging.WARNING, "refused", key[:16], "security: its record is refused: %s", error)
 
     def _fill(self, session: Session, raw: bytes) -> bool:
@@ -2430,40 +2353,40 @@ class PersistentStore:
         record = session._record
         try:
             record.fields, record.content = self._unseal(record.key, raw)
-            record.set(state=_STORED, **dict(zip(_FIELDS, record.fields, strict=True)))
+            record.fill(record.fields)
+            record.state = _STORED
             items, any_closed = _load(record.content, session)
         except Exception as error:
-            self._log_refused(record.key, error)
+            self._refuse(record.key, error)
             return False
         for name, each in items.items():
-            key: Any = _interfaces.get(name)
+            trouble = _trouble(session, each) if any_closed else None
             kept: dict[Any, Any] = session._components
-            trouble: Exception | None = None
+            key: Any = _interfaces.get(name)
             if name.startswith("."):
                 kept, key = vars(session), name[1:]
                 if hasattr(Session, key):
                     trouble = SealError("it would hide what belongs to every session")
-            elif key is None:
-                trouble = SealError(f"no interface {name} in this process: import its module")
-            trouble = trouble or (_trouble(session, each) if any_closed else None)
-            if trouble is None:
+            if key is not None and trouble is None:
                 kept[key] = each
             else:
                 record.closed[name] = each, trouble
-                _log(logging.WARNING, "closed", record.handle, "keeps %s that can't be opened: %s", name, trouble)
-        record.components, record.attributes = session._components, vars(session)
+                reason = trouble or "no such interface in this process: import its module"
+                _log(logging.WARNING, "closed", record.handle, "keeps %s that can't be opened: %s", name, reason)
         return True
 
-    def _revive(self, kind: type[Session], key: str, uid: str, raw: bytes, request: object = None) -> Session | None:
-        """The session in a record, or None for one that can't be trusted."""
-        session = kind(self, _StoredRecord(uid, key, 0, 0, 0), request)
-        return session if self._fill(session, raw) else None
+    def _revive(self, key: str, uid: str, raw: bytes, request: object = None, look: bool = True) -> Session | None:
+        """The session in a record, to look at or not, or None for one that can't be trusted."""
+        session = Session(self, _StoredRecord(uid, key), request)
+        if not self._fill(session, raw):
+            return None
+        return _look(session) if look else session
 
     # Opening
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
-        uid = _new_uid()
-        return Session(self, _StoredRecord(uid, _hash(uid, self.place), self.clock(), lifetime, max_lifetime))
+        uid, fields = _new_uid(), _new_fields(self.clock(), lifetime, max_lifetime)
+        return Session(self, _StoredRecord(uid, _hash(uid, self.place), fields))
 
     def _acquire(self, session: Session, patience: float) -> bytes:
         """Hold the record and answer it, waiting for others who hold it; b"" if there is none."""
@@ -2496,28 +2419,32 @@ class PersistentStore:
             errors, more = self._end_due(self._some)
             if more:
                 self._swept -= self._pause - 0.1  # soon again
-            _spare(errors)
-        session = Session(self, _StoredRecord(uid, _hash(uid, self.place), 0, 0, 0), request)
-        record, raw = session._record, self._acquire(session, patience)
+            _raise_first(errors, spare=SystemExit)
+        session = Session(self, _StoredRecord(uid, _hash(uid, self.place)), request)
+        raw, record = self._acquire(session, patience), session._record
         if not raw:
             return None
         if _is_tombstone(raw) or not self._fill(session, raw):
             self.release(session)
-            return self._moved(raw) if _is_tombstone(raw) else None
+            return self._moved(raw)
         now = self.clock()
         if now >= record.expires:
-            _spare([self._discard(session, record.why(now))])
+            _raise_first([self._discard(session, "", now)], spare=SystemExit)
             return None
         record.lastModified = now
         return session
 
+    def _moved(self, raw: bytes) -> Session | None:
+        """What to answer for a tombstone, or for a record that is refused."""
+        return MOVED if _is_tombstone(raw) and self.clock() < int(raw[1:] or 1 << 60) else None
+
     def peek(self, uid: str, request: object = None) -> Session | None:
         key, now = _hash(uid, self.place), self.clock()
         raw = self._read(key)
-        if _is_tombstone(raw):
+        session = None if not raw or _is_tombstone(raw) else self._revive(key, uid, raw, request)
+        if session is None:
             return self._moved(raw)
-        session = self._revive(_Look, key, uid, raw, request) if raw else None
-        if session is None or now >= session.expires:
+        if now >= session.expires:
             return None
         if now - session.lastModified >= session.lifetime / 8:
             self._touch(session._record, raw, now)
@@ -2531,54 +2458,49 @@ class PersistentStore:
             self.save_late(session)
             self.refresh(session)
         elif record.state is _STORED:
-            self._write(session, _dump(session, record.closed))
+            self._write(session, _dump(session))
         elif record.state is _ENDED:
-            _log_lost(session)
+            _lost(session)
         elif record.state is _NEW and not record.is_empty():
             # The sweep comes first, for if that fails there is no session without its cookie.
             if next(self._created_count) % 3 == 0:
-                _spare(self._end_due(self._few)[0])
-            record.lastModified = self.clock()
-            fields, content = _get_fields(record), _dump(session, record.closed)
-            raw = self._seal(record.key, fields, content)
-            self._ask(self.insert, record.key, raw, record.expires, self._owner(record.owner))
-            self._written(session, fields, content)
-            _log(logging.INFO, "created", session.handle, "created", owner=record.owner)
+                _raise_first(self._end_due(self._few)[0], spare=SystemExit)
+            self._write(session, _dump(session))
 
     def _write(self, session: Session, content: bytes) -> None:
-        """Write *content* and let go of the session, if it is there and still held."""
-        record = session._record
+        """Write *content* and let go of the session, if it is new, or there and still held."""
+        record, new = session._record, session._record.state is _NEW
         record.lastModified = self.clock()
         fields = _get_fields(record)
-        raw = self._seal(record.key, fields, content)
-        if self._ask(self.write, record.key, self._token, raw, record.expires, self._owner(record.owner)):
-            self._written(session, fields, content)
-            self.holds.free(record.key, session._token)
-        else:
+        raw, owner = self._seal(record.key, fields, content), self._owner(record.owner)
+        if new:
+            self._ask(self.insert, record.key, raw, record.expires, owner)
+            _created(record)
+        elif not self._ask(self.write, record.key, self._token, raw, record.expires, owner):
             there = self.refresh(session)
             self.holds.free(record.key, session._token)
             if there:
                 raise self._lease_lost(session)
+            return
+        record.state, record.fields, record.content = _STORED, fields, content
+        session._base = fields[2:], content
+        self.holds.free(record.key, session._token)
 
     def _lease_lost(self, session: Session) -> SessionConflict:
         _log(logging.WARNING, "conflict", session.handle, "was taken over after its lease ran out: nothing is saved")
         session._base = (), b""  # what others have by now is never the same
-        message = (
+        return SessionConflict(
             f"the request took longer than its lease of {self.lease:g} s and another one has changed the session "
-            "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part"
+            "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part",
+            lease=self.lease,
         )
-        return _with(SessionConflict(message), lease=self.lease)
-
-    def _written(self, session: Session, fields: tuple[Any, ...], content: bytes) -> None:
-        session._record.set(state=_STORED, fields=fields, content=content)
-        session._base = fields[2:], content
 
     def save_late(self, session: Session) -> None:
         """Save what was changed without a hold, if nobody else has changed it; `SessionConflict` otherwise."""
         record, base = session._record, session._base
         if record.state is not _STORED:
             return
-        content = _dump(session, record.closed)
+        content = _dump(session)
         if (_get_fields(record)[2:], content) == base:
             return
         raw = self._acquire(session, getattr(session._token(), "_patience", 10))
@@ -2589,8 +2511,8 @@ class PersistentStore:
         try:
             fields, theirs = self._unseal(record.key, raw)
             if self.clock() >= min(_deadlines(fields)):
-                _log_lost(session)
-                _spare([self._discard(session, record.why(self.clock()))])
+                _lost(session)
+                _raise_first([self._discard(session, "", self.clock())], spare=SystemExit)
                 return
             if (fields[2:], theirs) != base:
                 raise _conflict(session)
@@ -2611,7 +2533,7 @@ class PersistentStore:
     def _lose(self, session: Session, moved: bool = False) -> None:
         if not moved:  # else another request has told the client of a new uid
             session._record.hold = self.holds.holders.get(session._record.key)
-        _log_lost(session)
+        _lost(session)
         session._cut()
 
     def touch(self, session: Session) -> None:
@@ -2628,7 +2550,7 @@ class PersistentStore:
         try:
             fields, content = self._unseal(record.key, raw)
         except SealError as error:
-            self._log_refused(record.key, error)
+            self._refuse(record.key, error)
             return
         if now < min(_deadlines(fields)):
             record.lastModified, fields = now, (now, *fields[1:])
@@ -2647,64 +2569,56 @@ class PersistentStore:
     def leave(self, session: Session) -> None:
         """The response is over."""
 
+    def schedule(self, record: _Record) -> None:
+        """Its lifetime has changed: written with the rest of it."""
+
     def renew(self, session: Session, **fields: Any) -> None:
         record, token, now, uid = session._record, session._token, self.clock(), _new_uid()
         old, new, fresh = record.key, _hash(uid, self.place), record
         if record.owner not in (None, fields.get("owner", record.owner)):
-            fresh = _StoredRecord(uid, new, now, record.lifetime, record.max_lifetime)
-            fresh.fields = _get_fields(fresh)
+            fresh = _StoredRecord(uid, new, _new_fields(now, record.lifetime, record.max_lifetime))
         if record.state is _STORED:
             # What is stored moves; what this request changed is saved with the rest of it, or not at all.
             moved = tuple({**dict(zip(_FIELDS, fresh.fields, strict=True)), **fields}.values())
             raw, owner = self._seal(new, moved, fresh.content), self._owner(fields.get("owner", record.owner))
             due, until = min(_deadlines(moved)), now + self.lease
             if not self._ask(self.move, old, self._token, new, raw, due, owner, until):
-                raise self._lease_lost(session) if self.refresh(session) else _ended_error()
+                raise self._lease_lost(session) if self.refresh(session) else _lost(session)
             self.holds.take(new, token, 0)
             fresh.set(state=_STORED, fields=moved)
         elif record.state is _ENDED:
-            raise _ended_error()
+            raise _lost(session)
         elif "owner" in fields:
             fresh.state = _NEW  # a login makes a stand-in real
         fresh.set(uid=uid, key=new, **fields)
         session._bind(fresh)
-        _log_moved(fresh, "login" if "owner" in fields else "renewed")
+        _renewed(fresh, fields)
         self.holds.free(old, token)
         if fresh is not record:
-            _raise_first([self._finish(record, "another")])
+            _raise_first([record.end("another")])
 
     # Ending
 
     def discard(self, session: Session) -> None:
         _raise_first([self._discard(session, "logout")])
 
-    def _discard(self, session: Session, reason: str) -> BaseException | None:
+    def _discard(self, session: Session, reason: str, now: float = 0) -> BaseException | None:
         record, error = session._record, None
         record.hold = self.holds.holders.get(record.key)
         if record.state is _STORED and self._ask(self.delete, record.key) is None:
             record.hold = None
             self.refresh(session)
         elif record.state is not _ENDED:
-            error = self._finish(record, reason)
+            error = record.end(reason, now)
         if record.hold is not None:
             self.holds.free(record.key, record.hold)
         return error
 
-    def _finish(self, record: _Record, reason: str) -> BaseException | None:
-        def live(callback: tuple[str, str]) -> Any:
-            name, method = callback
-            component = record.components.get(_interfaces.get(name))
-            if component is None or method.startswith("__") or not hasattr(type(component), method):
-                raise SealError(f"a record names {method!r} of {name} for a callback, which is no method here")
-            return getattr(component, method)
-
-        return record.end(reason, live)
-
-    def _end_raw(self, key: str, raw: bytes, reason: str) -> BaseException | None:
-        """Run the callbacks of a record that was taken out."""
-        session = self._revive(Session, key, "", raw)
+    def _end(self, key: str, raw: bytes, reason: str) -> BaseException | None:
+        """End a record that was taken out."""
+        session = self._revive(key, "", bytes(raw), look=False)
         self.holds.free(key, self.holds.holders.get(key))
-        return None if session is None else self._finish(session._record, reason)
+        return None if session is None else session._record.end(reason)
 
     def _end_due(self, limit: int, everything: bool = False) -> tuple[list[BaseException | None], bool]:
         """End up to *limit* records that are due.
@@ -2723,7 +2637,7 @@ class PersistentStore:
                     reason = reason if everything else "idle" if deadlines[0] <= now else "absolute"
             except SealError as error:
                 # Perhaps another application's: left alone, and looked at again in an hour.
-                self._log_refused(key, error)
+                self._refuse(key, error)
                 deadlines = (now + 3600, _NEVER)
                 if everything:
                     continue
@@ -2732,7 +2646,7 @@ class PersistentStore:
             reasons.append(reason)
         settled = self._ask(self.settle, verdicts) if verdicts else []
         errors = [
-            self._end_raw(key, raw, reason)
+            self._end(key, raw, reason)
             for (key, raw, new, _), reason, done in zip(verdicts, reasons, settled, strict=True)
             if done and new is None and not _is_tombstone(raw)
         ]
@@ -2753,38 +2667,18 @@ class PersistentStore:
         return self.sweep(everything=True)
 
     def sessions(self, owner: str) -> list[Session]:
-        _require_owner(owner)
+        _check_owner(owner)
         rows = [row for each in self._owner_keys for row in self._ask(self.owned, self._owner(owner, each))]
-        found = [self._revive(_Look, key, "", bytes(raw)) for key, raw in rows if not _is_tombstone(raw)]
+        found = [self._revive(key, "", bytes(raw)) for key, raw in rows if not _is_tombstone(raw)]
         live = [each for each in found if each and each.owner == owner and self.clock() < each.expires]
         return sorted(live, key=attrgetter("created"))
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
-        _require_owner(owner)
+        _check_owner(owner)
         kept = "" if keep is None else keep._record.key
         rows = [row for each in self._owner_keys for row in self._ask(self.take, self._owner(owner, each), kept)]
-        _raise_first([self._end_raw(key, bytes(raw), "all") for key, raw in rows])
+        _raise_first([self._end(key, raw, "all") for key, raw in rows])
         return len(rows)
-
-    # What can't be opened, and callbacks
-
-    def keep_callback(self, session: Session, callback: Any) -> Any:
-        """What to keep of a callback."""
-        return _component_callback(session, callback)
-
-    def trouble(self, session: Session, interface: Any) -> Exception | None:
-        """Why the component for *interface* can't be opened, if one is kept; one whose interface has come is opened."""
-        closed, name = session._record.closed, _name(interface) if isinstance(interface, InterfaceMeta) else ""
-        if name not in closed or _interfaces.get(name) is not interface:
-            return None
-        trouble = _trouble(session, closed[name][0])
-        if trouble is None:
-            session._components.setdefault(interface, closed.pop(name)[0])
-        return trouble
-
-    def drop(self, session: Session, interface: Any) -> bool:
-        """Drop what can't be opened for *interface*; was there something?"""
-        return session._record.closed.pop(_name(interface), None) is not None
 
 
 class _SQLStore(PersistentStore):
@@ -3398,8 +3292,7 @@ def _with_directive(
     """*headers* with *directive* in the one header *name*, unless that holds any of *enough* already."""
     others = [(n, v) for n, v in headers if n.lower() != name.lower()]
     values = [v for n, v in headers if n.lower() == name.lower()]
-    directives = [d.strip().lower() for v in values for d in v.split(",")]
-    if any(d in enough for d in directives):
+    if any(d.strip().lower() in enough for v in values for d in v.split(",")):
         return list(headers)
     return [*others, (name, ", ".join([*filter(None, values), directive]))]
 
@@ -3445,34 +3338,28 @@ class _Exchange:
 
     def open(self, environ: dict[str, Any], peeking: bool = False) -> Any:
         """The live session that the request has a cookie of, or else a new one (None for who only looks)."""
-        middleware, session = self._middleware, None
+        middleware, session, tried = self._middleware, None, ""
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         header = environ.get("HTTP_COOKIE")
         if header is not None:
             # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
             # 0.15 us whatever the header's length, http.cookies 5 to 27.
             uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
-            tried = uid if uid in middleware._candidates else ""
-            if tried and not peeking:
-                session = middleware.store.open(uid, middleware.patience, self)
-            elif tried:
-                session = middleware.store.peek(uid, self)
-            if session is not None and session is not MOVED:
-                self._came = uid
+            if uid in middleware._candidates:
+                tried, store = uid, middleware.store
+                session = store.peek(uid, self) if peeking else store.open(uid, middleware.patience, self)
+            if session is None or session is MOVED:
+                session = self._search(uid, header, tried, session, peeking)
             else:
-                if tried:
-                    self._log_unknown(uid, session)
-                # Another of our cookies may be the right one; most often there is no other.
-                name = middleware._names[secure]
-                for other in [uid] if _is_uid(uid) and header.count(name) == 1 else _all_cookies(header, name):
-                    if other != tried and (session is None or session is MOVED):
-                        session = self._ask(other, peeking) or session
-        if peeking:
-            return None if session is MOVED else session
+                self._came = uid
         if session is None or session is MOVED:
+            if peeking:
+                return None
             session = self._create(session is MOVED)
             if not secure and environ.get("HTTP_X_FORWARDED_PROTO") == "https":
                 middleware._warn_of_proxy()
+        elif peeking:
+            return session
         if self._sent:
             middleware._warn_of_vary(self._response[1])
         self._opened.append(session)
@@ -3480,6 +3367,23 @@ class _Exchange:
         if self._over:  # it has ended while a thread of it opened this
             session._store.release(session)
         return session
+
+    def _search(self, uid: str, header: str, tried: str, found: Any, peeking: bool) -> Any:
+        """Look at the other cookies, of which one may be the right one; most often there is no other."""
+        middleware, name = self._middleware, self._middleware._names[self._secure]
+        others = [uid] if _is_uid(uid) and header.count(name) == 1 else _all_cookies(header, name)
+        for uid in [*([tried] if tried else []), *(each for each in others if each != tried)]:
+            if uid != tried:
+                store = middleware.store
+                answer = store.peek(uid, self) if peeking else store.open(uid, middleware.patience, self)
+                if answer is not None and answer is not MOVED:
+                    self._came = uid
+                    return answer
+                found = answer or found
+            if _logger.isEnabledFor(logging.INFO):
+                handle = _hash(uid, getattr(middleware.store, "place", ""))[:16]
+                _log(logging.INFO, "unknown", handle, "has moved on, or isn't known (any more)")
+        return found
 
     def peek(self, environ: dict[str, Any]) -> Session | None:
         """The session as it was last saved, or the one that this request has opened."""
@@ -3490,34 +3394,15 @@ class _Exchange:
             found = self._look
         return None if found is None or found._record.state is _ENDED else found
 
-    def look_back(self, environ: dict[str, Any]) -> Session:
-        """What there is to see when the response is over, say for an error page around the middleware."""
-        return self.peek(environ) or self._create()
-
-    def _ask(self, uid: str, peeking: bool) -> Any:
-        store = self._middleware.store
-        session = store.peek(uid, self) if peeking else store.open(uid, self._middleware.patience, self)
-        if session is None or session is MOVED:
-            self._log_unknown(uid, session)
-        else:
-            self._came = uid
-        return session
-
-    def _log_unknown(self, uid: str, session: object) -> None:
-        if _logger.isEnabledFor(logging.INFO):
-            handle = _hash(uid, getattr(self._middleware.store, "place", ""))[:16]
-            _log(logging.INFO, "unknown", handle, "has moved on" if session is MOVED else "isn't known (any more)")
-
     def again(self, session: Session) -> Session:
         """*session*, which has let go of its record or ended, or what comes after it."""
-        store, record = self._middleware.store, session._record
-        if record.state is not _ENDED and not self._over:
+        if session._record.state is not _ENDED and not self._over:
             session._store.refresh(session)
-            record = session._record
+        record = session._record
         if record.state is not _ENDED or self._sent:
             return session
         self._gone = self._gone or record.hold is session._token
-        moved = not self._gone and self._came is not None and store.peek(self._came) is MOVED
+        moved = not self._gone and self._came is not None and self._middleware.store.peek(self._came) is MOVED
         self._session = session = self._create(moved)
         self._opened = [session]
         return session
@@ -3900,7 +3785,8 @@ def _session_of_environ(environ: dict[str, Any]) -> Any:
         return None
     session = exchange._session
     if session is None:
-        return exchange.look_back(environ) if exchange._over else exchange.open(environ)
+        # When the response is over, an error page around the middleware may still look.
+        return (exchange.peek(environ) or exchange._create()) if exchange._over else exchange.open(environ)
     if session._base is not None or session._record.state is _ENDED:
         return exchange.again(session)
     return session
