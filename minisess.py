@@ -3087,7 +3087,7 @@ class RedisStore(PersistentStore):
             if pipeline.execute()[-1] < ttl:
                 self._client.pexpire(index, ttl)
 
-    def _unindex(self, key: str, owner: bytes) -> None:
+    def _unindex(self, key: str, owner: str | bytes) -> None:
         self._client.zrem(self._due_index, key)
         if owner:
             self._client.zrem(self._owner_index(owner), key)
@@ -3152,6 +3152,8 @@ class RedisStore(PersistentStore):
             return False
         self._index(to, due, owner)
         self._unindex(key, left)
+        if not self._client.hexists(self._place(to), "record"):  # ended before it was in the index
+            self._unindex(to, owner)
         return True
 
     def delete(self, key: str, old: bytes = b"") -> bytes | None:
