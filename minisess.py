@@ -53,6 +53,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import secrets
 import sys
 import threading
@@ -3211,19 +3212,8 @@ class RedisStore(PersistentStore):
 # Cookies
 # ---------------------------------------------------------------------------
 
-_UID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
-
-
-def _is_uid(value: str) -> bool:
-    """Can it be one of our ids?"""
-    return len(value) == 43 and value.isascii() and _UID_CHARACTERS.issuperset(value)
-
-
-class _Uids:
-    """The set of all well-formed ids."""
-
-    def __contains__(self, value: str) -> bool:
-        return _is_uid(value)
+# Can it be one of our ids?
+_is_uid = re.compile("[A-Za-z0-9_-]{43}").fullmatch
 
 
 def _all_cookies(header: str, name: str) -> list[str]:
@@ -3251,29 +3241,24 @@ def _check_cookie_options(
     for option, value in (("cookie", name), ("samesite", samesite), ("path", path), ("domain", domain or "")):
         if not isinstance(value, str):
             raise ValueError(f"{option}={value!r}: it is a str")
+    embedded, prefixed = samesite == "None" and secure, name.lower().startswith(("__host-", "__secure-"))
     if secure not in (None, True, False):
         raise ValueError(f"secure={secure!r}: it is True, False or None (by wsgi.url_scheme)")
-    token = _UID_CHARACTERS.union("!#$%&'*+.^`|~")
-    if not name or not token.issuperset(name):
+    if not re.fullmatch("[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
         raise ValueError(f"cookie={name!r}: a cookie's name is made of letters, digits and !#$%&'*+-.^_`|~")
     if samesite not in ("Lax", "Strict", "None"):
         raise ValueError(f"samesite={samesite!r}: it is 'Lax', 'Strict' or 'None'")
-    if samesite == "None" and not secure:
+    if samesite == "None" and not embedded:
         raise ValueError("samesite='None' needs secure=True: browsers refuse such cookies without Secure")
-    if partitioned and (samesite != "None" or not secure):
+    if partitioned and not embedded:
         raise ValueError("partitioned=True needs samesite='None' and secure=True: such cookies are for embedded pages")
-    if not path.startswith("/") or not all(" " < c <= "~" and c not in ";," for c in path):
+    if not re.fullmatch("/[!-+.-:<-~-]*", path):
         raise ValueError(f"path={path!r} has to start with a slash and be made of visible ASCII characters but ; and ,")
-    if domain is not None and (
-        not domain.strip(".")
-        or not domain.isascii()
-        or domain.strip(".-") != domain.lstrip(".")
-        or not domain.replace(".", "").replace("-", "").isalnum()
-    ):
+    if domain is not None and not re.fullmatch("[.]*[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", domain):
         raise ValueError(f"domain={domain!r} is no domain; leave it out for this host alone")
-    if name.lower().startswith(("__host-", "__secure-")) and not secure:
+    if prefixed and not secure:
         raise ValueError(f"cookie={name!r} needs secure=True: browsers refuse this prefix without Secure")
-    if name.lower().startswith("__host-") and (domain is not None or path != "/"):
+    if prefixed and name[2] in "Hh" and (domain is not None or path != "/"):
         raise ValueError(f"cookie={name!r} goes with path='/' and no domain=, that is what the prefix promises")
 
 
@@ -3347,7 +3332,7 @@ class _Exchange:
             # Strategy: in a well-formed header the value stands after "; name=".  Finding it there takes
             # 0.15 us whatever the header's length, http.cookies 5 to 27.
             uid = ("; " + header).partition(middleware._marks[secure])[2].partition(";")[0]
-            if uid in middleware._candidates:
+            if middleware._may_be_uid(uid):
                 tried, store = uid, middleware.store
                 session = store.peek(uid, self) if peeking else store.open(uid, middleware.patience, self)
             if session is None or session is MOVED:
@@ -3650,7 +3635,9 @@ class SessionMiddleware:
         self._secure_schemes = {None: ("https",), True: ("http", "https"), False: ()}[secure]
         # What may be a session's id.  Strategy: what is in the dict is well-formed, and finding it
         # there takes a tenth of checking its characters.
-        self._candidates = self.store._records if isinstance(self.store, MemoryStore) else _Uids()
+        self._may_be_uid: Any = _is_uid
+        if isinstance(self.store, MemoryStore):
+            self._may_be_uid = self.store._records.__contains__
         prefix = "__Host-" if path == "/" and domain is None else "__Secure-"
         # Each of these for http and for https: the cookie's name, how it begins in a header, what follows its value.
         self._names = (cookie, cookie if secure is False or cookie.startswith("__") else prefix + cookie)
