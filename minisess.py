@@ -1660,11 +1660,9 @@ class IStore(Interface):
 
     def clock(self) -> float:
         """The time by which sessions expire, UNIX time in seconds."""
-        ...
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
         """A fresh session.  It isn't in the store before it is saved."""
-        ...
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
         """The live session *uid*, its idle clock started again; or None, or `MOVED`.
@@ -1675,7 +1673,6 @@ class IStore(Interface):
 
     def peek(self, uid: str, request: object = None) -> Session | None:
         """The live session *uid* as it was last saved, to look at; or None, or `MOVED`.  Waits for nobody."""
-        ...
 
     def save(self, session: Session) -> None:
         """Store a session, unless it is new and holds nothing, and let the next request in.
@@ -1685,11 +1682,9 @@ class IStore(Interface):
 
     def touch(self, session: Session) -> None:
         """Start its idle clock again, held or not."""
-        ...
 
     def release(self, session: Session) -> None:
         """Let the next request in without saving.  Does nothing if *session* isn't held."""
-        ...
 
     def renew(self, session: Session, **fields: object) -> None:
         """Move the session to a new uid and set *fields* on it; the old uid is dead from now on.
@@ -1699,30 +1694,24 @@ class IStore(Interface):
 
     def discard(self, session: Session) -> None:
         """End the session: gone at once, its callbacks run."""
-        ...
 
     def sweep(self) -> int:
         """End all that have expired and aren't held; answers how many.  (Requests do that bit by bit.)"""
-        ...
 
     def sessions(self, owner: str) -> list[Session]:
         """The live sessions of *owner* as they were last saved, the oldest first; to look at, and to `expire`.
 
         A form names one by its `handle`: stores outside the process don't know the uids of others ("").
         """
-        ...
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
         """End all sessions of *owner* but *keep*; answers how many."""
-        ...
 
     def clear(self) -> int:
         """End everybody's sessions; answers how many."""
-        ...
 
     def __len__(self) -> int:
         """How many sessions are stored."""
-        ...
 
 
 def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
@@ -3359,7 +3348,7 @@ class _Exchange:
         """Look at the other cookies, of which one may be the right one; most often there is no other."""
         middleware, name = self._middleware, self._middleware._names[self._secure]
         others = [uid] if _is_uid(uid) and header.count(name) == 1 else _all_cookies(header, name)
-        for uid in [*([tried] if tried else []), *(each for each in others if each != tried)]:
+        for uid in dict.fromkeys([tried, *others] if tried else others):
             if uid != tried:
                 store = middleware.store
                 answer = store.peek(uid, self) if peeking else store.open(uid, middleware.patience, self)
