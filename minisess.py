@@ -2135,6 +2135,8 @@ HELD: Any = object()
 # than any record; then comes the UNIX time until which that is remembered, if the store doesn't know.
 _TOMBSTONE = b"\0"
 
+_NUMBERS = frozenset((float, int))
+
 _get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
 
 _persistent_stores: weakref.WeakSet[PersistentStore] = weakref.WeakSet()
@@ -2164,19 +2166,27 @@ def _deadlines(fields: tuple[Any, ...]) -> tuple[float, float]:
 
 
 def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Are these values for `_FIELDS` that this version writes?"""
+    """*fields*, if they are values for `_FIELDS` that this version writes."""
     modified, cookie, created, lifetime, max_lifetime, since, owner, authenticated, forgotten, callbacks = fields
-    cookie, forgotten, idle, absolute = cookie or (0, 0), forgotten or (0, 0), *_deadlines(fields)
-    numbers = (modified, created, lifetime, max_lifetime, since, authenticated or 0, *cookie, *forgotten)
+    numbers = (
+        modified,
+        created,
+        lifetime,
+        max_lifetime,
+        since,
+        authenticated or 0,
+        *(cookie or ()),
+        *(forgotten or ()),
+    )
     if (
-        not {float, int}.issuperset(map(type, numbers))
-        or not (idle > -1e300 < absolute)  # nor NaN
-        or not (owner is None or type(owner) is str)
-        or not len(cookie) == len(forgotten) == 2
-        or not all(type(name) is type(method) is str for name, method in callbacks)
+        _NUMBERS.issuperset(map(type, numbers))
+        and modified + lifetime > -1e300 < since + max_lifetime  # nor NaN
+        and (owner is None or type(owner) is str)
+        and len(cookie or "12") == len(forgotten or "12") == 2
+        and (not callbacks or all(type(name) is type(method) is str for name, method in callbacks))
     ):
-        raise SealError("the record has another form than this version writes")
-    return fields
+        return fields
+    raise SealError("the record has another form than this version writes")
 
 
 @implementer(IStore)
@@ -2327,7 +2337,10 @@ class PersistentStore:
     def _unseal(self, key: str, raw: bytes) -> tuple[tuple[Any, ...], bytes]:
         """The fields and the content of a record; SealError if it isn't what this store wrote under that key."""
         seal, body = raw[:32], raw[32:]
-        if not any(compare_digest(self._mac(mac, key, body), seal) for mac in self._macs):
+        for mac in self._macs:
+            if compare_digest(self._mac(mac, key, body), seal):
+                break
+        else:
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
             end = 8 + int(body[:8])
