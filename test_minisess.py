@@ -6377,26 +6377,15 @@ def framework_app(name):
     elif name == "cherrypy":
         framework.config.update({"environment": "embedded"})
         app = framework.Application(framework.expose(lambda: hit(framework.serving.request)))
-    elif name == "pyramid.config":
+    else:
         with framework.Configurator() as config:
             config.add_route("home", "/")
             config.add_view(lambda request: hit(request), route_name="home", renderer="string")
             app = config.make_wsgi_app()
-    else:
-        from django.conf import settings
-        from django.http import HttpResponse
-        from django.urls import path
-
-        if not settings.configured:
-            urls = types.ModuleType("minisess_test_urls")
-            urls.urlpatterns = [path("", lambda request: HttpResponse(hit(request)))]
-            settings.configure(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"], SECRET_KEY=SECRET, LOGGING_CONFIG=None)
-            framework.setup(set_prefix=False)
-        app = package("django.core.wsgi").get_wsgi_application()
     return app
 
 
-@pytest.mark.parametrize("name", ["flask", "bottle", "falcon", "cherrypy", "pyramid.config", "django"])
+@pytest.mark.parametrize("name", ["flask", "bottle", "falcon", "cherrypy", "pyramid.config"])
 def test_a_frameworks_request_adapts_to_its_session(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the frameworks' own, about their age
@@ -6537,12 +6526,12 @@ def real_server(request):
 
 
 @pytest.fixture
-def client(real_server):
+def known(real_server):
     """One who was counted once; `last` tells what the server has noted."""
-    client = Browser(real_server[1])
-    client.get("/list")
-    client.last = lambda: Browser(client.application).get("/events").text
-    return client
+    known = Browser(real_server[1])
+    known.get("/list")
+    known.last = lambda: Browser(known.application).get("/events").text
+    return known
 
 
 @pytest.mark.parametrize("path", ANSWERS_SERVED)
@@ -6560,35 +6549,36 @@ def test_real_servers_send_the_body_and_one_cookie(real_server, path):
 
 
 @pytest.mark.parametrize("path", ["/boom", "/nothing", "/lazy"])
-def test_real_servers_survive_broken_applications_and_the_session_is_free(client, path):
+def test_real_servers_survive_broken_applications_and_the_session_is_free(known, path):
     with contextlib.suppress(http.client.HTTPException, OSError):  # the connection is cut
-        client.get(path)
+        known.get(path)
     begun = time.monotonic()
-    assert client.get("/list").text == "3"
+    assert known.get("/list").text == "3"
     assert time.monotonic() - begun < 1.5  # nobody had to wait for *patience* seconds
 
 
-def test_real_servers_close_the_body_of_a_client_that_went_away(client):
-    with socket.create_connection(("127.0.0.1", client.application), 10) as connection:
-        connection.sendall(f"GET /endless HTTP/1.1\r\nHost: x\r\nCookie: {client.cookie}\r\n\r\n".encode())
+def test_real_servers_close_the_body_of_a_client_that_went_away(known):
+    with socket.create_connection(("127.0.0.1", known.application), 10) as connection:
+        connection.sendall(f"GET /endless HTTP/1.1\r\nHost: x\r\nCookie: {known.cookie}\r\n\r\n".encode())
         assert connection.recv(1000)
-    wait_until(lambda: client.last() == "endless")
-    assert client.get("/list").text == "3"
+    wait_until(lambda: known.last() == "endless")
+    assert known.get("/list").text == "3"
 
 
-def test_real_servers_tell_nobody_the_id_that_a_login_made_meanwhile(client):
-    victim, slow = Browser(client.application, cookies=client.cookies), Background(client.get, "/released")
-    wait_until(lambda: client.last() == "slow")
+def test_real_servers_tell_nobody_the_id_that_a_login_made_meanwhile(known):
+    victim, slow = Browser(known.application, cookies=known.cookies), Background(known.get, "/released")
+    wait_until(lambda: known.last() == "slow")
     assert victim.get("/login").text == "[False, 'ann', 2]"
     assert slow.result().text == "[True, None, 0]" and slow.result()["Set-Cookie"] is None
-    assert client.get("/list").text == "1"
+    assert known.get("/list").text == "1"
 
 
-def test_real_servers_let_the_next_request_wait_for_the_session(client):
-    slow = Background(client.get, "/holds")
-    wait_until(lambda: client.last() == "slow")
-    waiting = Background(client.get, "/list")
-    Browser(client.application).get("/go")
+def test_real_servers_let_the_next_request_wait_for_the_session(known):
+    slow = Background(known.get, "/holds")
+    wait_until(lambda: known.last() == "slow")
+    waiting = Background(known.get, "/list")
+    assert waiting.is_stuck()
+    Browser(known.application).get("/go")
     assert (slow.result().text, waiting.result().text) == ("held", "3")
 
 
@@ -6923,29 +6913,6 @@ def test_a_second_tab_shows_the_same_session_and_follows(inspector):
     inspector.until("document.querySelector('header p').innerText === arguments[0]", EXPIRED)
 
 
-def is_light_or_dark_and_fits_a_phone(page):
-    seen = {}
-    for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        colour = page.until("getComputedStyle(document.body).backgroundColor")
-        seen[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
-    assert seen["light"] > 600 and seen["dark"] < 150
-    phone = {"width": 320, "height": 700, "deviceScaleFactor": 2, "mobile": True}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    page.until("innerWidth === 320 && document.documentElement.scrollWidth <= 320")
-    fingers = "button, input:not([type=hidden], [type=checkbox])"
-    heights = page.until(
-        "[...document.querySelectorAll(arguments[0])].map(each => each.offsetHeight).concat(44)", fingers
-    )
-    assert min(heights) == 44  # a finger's width
-    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-def test_the_inspector_is_light_or_dark_and_fits_a_phone(inspector):
-    is_light_or_dark_and_fits_a_phone(inspector)
-
-
 # The login example
 # ---------------------------------------------------------------------------
 
@@ -6957,19 +6924,11 @@ DAY = 86400
 class Person(Browser):
     """Somebody with an account."""
 
-    def __init__(self, site, agent="Test/1.0", cookies=()):
-        super().__init__(site, cookies=cookies)
-        self.agent = agent
-
-    def get(self, *args):
-        return self.request(*args, HTTP_USER_AGENT=self.agent)
-
-    def send(self, page, action, **fields):
+    def send(self, page, action, agent="Test/1.0", **fields):
         """Fill in the form of *page* that leads to *action*."""
         form = re.search(rf"<form method=post action={action}>.*?</form>", self.get(page).text, re.S)[0]
-        token = re.search(r'name=token value="([^"]+)"', form)[1]
-        fields = urllib.parse.urlencode({"token": token, **fields}).encode()
-        return self.get(action, "POST", fields)
+        fields["token"] = re.search(r'name=token value="([^"]+)"', form)[1]
+        return self.request(action, "POST", urllib.parse.urlencode(fields).encode(), HTTP_USER_AGENT=agent)
 
     def log_in(self, name="alice", password="wonderland", **more):
         return self.send("/login", "/login", name=name, password=password, **more)
@@ -6996,8 +6955,8 @@ def wonderland(request, tmp_path):
         store = SQLiteStore(tmp_path / "login.sqlite3", secret=SECRET, clock=clock)
     site = login.make_application(store)
 
-    def enter(agent="Test/1.0", **form):
-        person = Person(site, agent)
+    def enter(**form):
+        person = Person(site)
         person.log_in(**form)
         return person
 
@@ -7007,22 +6966,18 @@ def wonderland(request, tmp_path):
 BOB = {"name": "bob", "password": "builder"}
 
 
-def test_a_page_behind_the_login_leads_to_it_and_the_login_back(wonderland):
+@pytest.mark.parametrize("name", ["alice", "nobody", "", "<b>"])
+def test_a_page_behind_the_login_leads_to_it_and_the_right_name_and_password_back(wonderland, name):
     alice = Person(wonderland.site)
     assert "stranger" in alice.get("/").text and not alice.cookies
+    assert alice.get("/address")["Location"] == "/login"
+    answer = alice.log_in(name, "builder")
+    assert answer.status == "403 Forbidden" and "That is wrong" in answer.text and not alice.may_enter()
     assert alice.get("/address")["Location"] == "/login"
     answer = alice.log_in()
     assert (answer.status, answer["Location"]) == ("303 See Other", "/address")
     assert alice.get("/address").status == "200 OK" and "alice" in alice.get("/").text
     assert alice.get("/nowhere").status == "404 Not Found"
-
-
-@pytest.mark.parametrize("name", ["alice", "nobody", "", "<b>"])
-def test_a_wrong_name_or_password_logs_nobody_in(wonderland, name):
-    alice = Person(wonderland.site)
-    answer = alice.log_in(name, "builder")
-    assert answer.status == "403 Forbidden" and "That is wrong" in answer.text
-    assert not alice.may_enter()
 
 
 def test_whoever_planted_an_id_before_the_login_has_nothing_after_it(wonderland):
@@ -7048,9 +7003,9 @@ def test_who_ticks_remember_me_is_known_for_30_days_and_others_for_half_an_hour(
 
 
 def test_your_devices_are_listed_with_what_they_are_since_when_and_last_seen(wonderland):
-    phone = wonderland.enter(IPHONE, remember="on")
+    phone = wonderland.enter(agent=IPHONE, remember="on")
     wonderland.clock.advance(2 * DAY)
-    desk, _ = wonderland.enter(WINDOWS), wonderland.enter(**BOB)
+    desk, _ = wonderland.enter(agent=WINDOWS), wonderland.enter(**BOB)
     wonderland.clock.advance(180)
     assert [device[:2] for device in desk.devices()] == [("Safari on iPhone", False), ("Firefox on Windows", True)]
     words = [device[2] for device in desk.devices()]
@@ -7134,7 +7089,7 @@ def test_pages_to_look_at_dont_wait_for_a_request_that_holds_the_session(wonderl
 
 
 def test_pages_of_the_login_are_escaped_kept_by_no_cache_and_run_no_script(wonderland):
-    alice = wonderland.enter("<script>x</script>/1.0")
+    alice = wonderland.enter(agent="<script>x</script>/1.0")
     alice.send("/address", "/address", address='"><script>y</script>')
     for path in ("/", "/login", "/devices", "/address", "/nowhere"):
         answer = alice.get(path)
@@ -7197,62 +7152,67 @@ def test_a_browser_logs_another_one_out(wonderland, chromium, tmp_path):
 
 
 @pytest.mark.parametrize("wonderland", ["memory"], indirect=True)
-def test_the_pages_of_the_login_are_light_or_dark_and_fit_a_phone(wonderland, chromium):
+def test_the_pages_of_the_inspector_and_the_login_are_light_or_dark_and_fit_a_phone(wonderland, chromium):
+    def look_at(url):
+        page, seen = Page(chromium, url), {}
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            colour = page.until("getComputedStyle(document.body).backgroundColor")
+            seen[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
+        assert seen["light"] > 600 and seen["dark"] < 150
+        assert page.until("[innerWidth, document.documentElement.scrollWidth]") == [320, 320]
+        fingers = "button, input:not([type=hidden], [type=checkbox])"
+        heights = "[...document.querySelectorAll(arguments[0])].map(each => each.offsetHeight).concat(44)"
+        assert min(page.until(heights, fingers)) == 44  # a finger's width
+
+    phone = {"width": 320, "height": 700, "deviceScaleFactor": 2, "mobile": True}
     for agent in (IPHONE, WINDOWS, "A-program-with-a-name-that-is-long/1.0"):
-        wonderland.enter(agent, remember="on")
-    with in_thread(wonderland.site) as port:
+        wonderland.enter(agent=agent, remember="on")
+    with in_thread(wonderland.site) as port, example("inspector") as (_, inspector):
         url = f"http://127.0.0.1:{port}"
-        is_light_or_dark_and_fits_a_phone(Page(chromium, url + "/login"))
-        page = log_in_by_hand(chromium, url)
-        assert "A-program" in page.text()
-        for path, later in (("/", 0), ("/devices", 0), ("/address", 0), ("/address", 300)):
-            wonderland.clock.advance(later)
-            is_light_or_dark_and_fits_a_phone(Page(chromium, url + path))
+        assert "A-program" in log_in_by_hand(chromium, url).text()
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        for path in ("/", "/login", "/devices", "/address"):
+            look_at(url + path)
+        wonderland.clock.advance(300)
+        look_at(url + "/address")  # which asks for the password
+        look_at(f"http://127.0.0.1:{inspector}/")
 
 
 # The example for Django
 # ---------------------------------------------------------------------------
 
 
-def under_django(test):
-    """Have *test* run in a process of its own (Django is set up once in each), with the example and a test client."""
+@pytest.fixture
+def client():
+    """Django's own, of the example."""
+    package("django")
+    from django.test import Client, utils
 
-    def run(tmp_path):
-        package("django")
-        code = f"import test_minisess as t; t.{test.__name__}.test()"
-        done = subprocess.run([sys.executable, "-B", "-c", code, tmp_path], cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    from examples import django_sessions
 
-    def in_its_process():
-        from django.test import Client
-        from django.test.utils import setup_test_environment
-
-        from examples import django_sessions
-
-        setup_test_environment()
-        test(django_sessions, Client())
-
-    run.__name__, run.test = test.__name__, in_its_process
-    return run
+    django_sessions.STORE = MemoryStore()
+    utils.setup_test_environment()
+    client = Client()
+    client.example = django_sessions
+    yield client
+    utils.teardown_test_environment()
 
 
 LOGIN = {"name": "alice", "password": "wonderland"}
 
 
-@under_django
-def test_djangos_test_client_logs_in_as_the_examples_docstring_says(project, client):
-    import django.test
-
-    code = [textwrap.dedent(block) for block in project.__doc__.split("\n\n") if "client." in block]
+def test_djangos_test_client_logs_in_as_the_examples_docstring_says(client):
+    code = [textwrap.dedent(block) for block in client.example.__doc__.split("\n\n") if "client." in block]
     assert len(code) == 2
     for block in code:
-        names = {"django": django, "STORE": project.STORE, "client": client}
+        names = {"django": package("django"), "STORE": client.example.STORE, "client": client}
         exec(block, names)
         assert names["client"].get("/").content.endswith(b", by alice\n")
 
 
-@under_django
-def test_a_django_view_has_its_visitors_session_in_the_test_client(project, client):
+def test_a_django_view_has_its_visitors_session_in_the_test_client(client):
     first = client.get("/")
     assert first.content == b"Visits: 1, by nobody\n"
     assert first["Vary"] == "Cookie" and first["Cache-Control"] == 'no-cache="Set-Cookie"'
@@ -7265,8 +7225,7 @@ def test_a_django_view_has_its_visitors_session_in_the_test_client(project, clie
     assert type(client)().get("/", secure=True).cookies["__Host-sid"]["secure"]
 
 
-@under_django
-def test_logging_in_and_out_of_django_changes_and_deletes_the_cookie(project, client):
+def test_logging_in_and_out_of_django_changes_and_deletes_the_cookie(client):
     client.get("/")
     planted = client.cookies["sid"].value
     for name, password, status in (("alice", "wrong", 403), ("nobody", "", 403), ("alice", "wonderland", 303)):
@@ -7281,9 +7240,8 @@ def test_logging_in_and_out_of_django_changes_and_deletes_the_cookie(project, cl
     assert type(client)(enforce_csrf_checks=True).post("/login", LOGIN).status_code == 403
 
 
-@under_django
-def test_a_django_stream_lets_the_next_request_in_and_saves_at_its_end(project, client):
-    project.STORE = SQLiteStore(os.path.join(sys.argv[1], "sessions"), secret=SECRET)
+def test_a_django_stream_lets_the_next_request_in_and_saves_at_its_end(client, tmp_path):
+    client.example.STORE = SQLiteStore(tmp_path / "sessions", secret=SECRET)
     assert client.get("/report")["Location"] == "/login"
     client.post("/login", LOGIN)
     stream = client.get("/report")
@@ -7296,8 +7254,7 @@ def test_a_django_stream_lets_the_next_request_in_and_saves_at_its_end(project, 
     assert client.get("/").content == b"Visits: 3, by alice, who has read 1 report\n"
 
 
-@under_django
-def test_django_views_keep_their_headers_and_one_that_fails_saves_nothing(project, client):
+def test_django_views_keep_their_headers_and_one_that_fails_saves_nothing(client):
     from django.http import FileResponse, HttpResponse
     from django.urls import path
 
@@ -7311,11 +7268,11 @@ def test_django_views_keep_their_headers_and_one_that_fails_saves_nothing(projec
 
     views = {"boom": boom, "headers": headers, "no": lambda request: HttpResponse("hello")}
     views["file"] = lambda request: FileResponse(io.BytesIO(str(ISession(request).visits).encode()))
-    project.urlpatterns.extend(path(name, view) for name, view in views.items())
+    client.example.urlpatterns += [path(name, view) for name, view in views.items()]
     assert not client.get("/no").has_header("Vary")  # it didn't ask for the session
     client.raise_request_exception = False
     failed = client.get("/boom")
-    assert failed.status_code == 500 and not failed.cookies and len(project.STORE) == 0
+    assert failed.status_code == 500 and not failed.cookies and len(client.example.STORE) == 0
     answer = client.get("/headers")
     assert (answer["Vary"], answer["Cache-Control"], answer["X-Own"]) == ("Accept-Language, Cookie", "private", "1")
     assert b"".join(client.get("/file").streaming_content) == b"7"
