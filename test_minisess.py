@@ -6718,9 +6718,9 @@ def example(name, **environment):
             process.kill()
 
 
-def token_on(response):
-    """What makes a form of this page one of ours."""
-    return re.search(r'name=token value="([^"]+)"', response.text)[1]
+def token_on(page):
+    """What makes a form on this page one of ours."""
+    return re.search(r'name=token value="([^"]+)"', page)[1]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -6782,7 +6782,7 @@ def test_the_counters_of_many_hosts_count_one_session(kind, request):
 def test_a_form_without_the_sessions_token_is_refused():
     with example("csrf") as (_, port):
         ann, eve = Browser(port), Browser(port)
-        mine, hers = token_on(ann.get()), token_on(eve.get())
+        mine, hers = token_on(ann.get().text), token_on(eve.get().text)
         assert {ann.post(said="no").status, ann.post(said="no", token=hers).status} == {"403 Forbidden"}
         assert ann.post(said="<yes>", token=mine).status == "303 See Other"
         assert "<ul><li>&lt;yes&gt;</ul>" in ann.get().text
@@ -6831,7 +6831,7 @@ def test_the_inspector_refuses_buttons_pressed_by_other_sites():
     with example("inspector") as (_, port):
         visitor = Browser(port)
         assert visitor.post(do="click").status[:3] == "403" and not visitor.cookies  # and no session was made for it
-        token = token_on(visitor.get())
+        token = token_on(visitor.get().text)
         assert visitor.post(do="click").status[:3] == visitor.post(do="dance", token=token).status[:3] == "403"
         assert visitor.post(do="click", token=token)["Location"] == "/"
         assert "Clicks, count = 1" in visitor.get().text
@@ -6904,7 +6904,7 @@ class Person(Browser):
     def send(self, page, action, agent="Test/1.0", **fields):
         """Fill in the form of *page* that leads to *action*."""
         form = re.search(rf"<form method=post action={action}>.*?</form>", self.get(page).text, re.S)[0]
-        fields["token"] = re.search(r'name=token value="([^"]+)"', form)[1]
+        fields["token"] = token_on(form)
         return self.request(action, "POST", urllib.parse.urlencode(fields).encode(), HTTP_USER_AGENT=agent)
 
     def log_in(self, name="alice", password="wonderland", **more):
@@ -6920,38 +6920,33 @@ class Person(Browser):
         return self.get("/devices")["Location"] != "/login"
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def wonderland(request, tmp_path):
+@pytest.fixture
+def wonderland(store_of_kind):
     """The login example with its store and clock, and a function that makes somebody who is logged in."""
     from examples import login
-
-    clock = Clock(1_800_000_000.0)  # 15 Jan 2027, 08:00 UTC
-    if request.param == "memory":
-        store = MemoryStore(strict=True, clock=clock)
-    else:
-        store = SQLiteStore(tmp_path / "login.sqlite3", secret=SECRET, clock=clock)
-    site = login.make_application(store)
 
     def enter(**form):
         person = Person(site)
         person.log_in(**form)
         return person
 
-    return types.SimpleNamespace(site=site, store=store, clock=clock, enter=enter)
+    site, clock = login.make_application(store_of_kind), store_of_kind.clock
+    clock.now = 1_800_000_000.0  # 15 Jan 2027, 08:00 UTC
+    return types.SimpleNamespace(site=site, store=store_of_kind, clock=clock, enter=enter)
 
 
 BOB = {"name": "bob", "password": "builder"}
 
 
 @pytest.mark.parametrize("name", ["alice", "nobody", "", "<b>"])
-def test_a_page_behind_the_login_leads_to_it_and_name_and_password_back_to_where_nobody_else_is(wonderland, name):
+def test_a_page_behind_the_login_opens_to_the_right_name_and_password_and_to_nobody_who_planted_an_id(wonderland, name):
     alice = Person(wonderland.site)
     assert "stranger" in alice.get("/").text and not alice.cookies
     assert alice.get("/address")["Location"] == "/login"
     answer = alice.log_in(name, "builder")
     assert answer.status == "403 Forbidden" and "That is wrong" in answer.text and not alice.may_enter()
     assert alice.get("/address")["Location"] == "/login"
-    token, eve = token_on(alice.get("/login")), Person(wonderland.site, cookies=alice.cookies)
+    token, eve = token_on(alice.get("/login").text), Person(wonderland.site, cookies=alice.cookies)
     answer = alice.log_in()
     assert (answer.status, answer["Location"]) == ("303 See Other", "/address")
     assert token not in alice.get("/devices").text and not eve.may_enter()  # who planted her id
@@ -7011,7 +7006,7 @@ def test_five_minutes_after_the_password_it_is_asked_for_again(wonderland, remem
     wonderland.clock.advance(299)
     assert alice.send("/address", "/address", address="alice@example.org").status == "303 See Other"
     assert "alice@example.org" in alice.get("/address").text
-    stale = token_on(alice.get("/address"))
+    stale = token_on(alice.get("/address").text)
     wonderland.clock.advance(1)
     page = alice.get("/address").text
     assert "Is it still you?" in page and "alice@example.org" not in page
@@ -7035,7 +7030,7 @@ def test_five_minutes_after_the_password_it_is_asked_for_again(wonderland, remem
 def test_a_form_of_the_login_without_its_token_does_nothing(wonderland, action, fields, token):
     alice, phone = wonderland.enter(), wonderland.enter()
     if token.get("token") == "another's":
-        token = {"token": token_on(phone.get("/devices"))}
+        token = {"token": token_on(phone.get("/devices").text)}
     answer = alice.post(action, **fields, **token)
     assert answer.status == "403 Forbidden" and "too old" in answer.text
     assert alice.may_enter() and phone.may_enter() and "alice" in alice.get("/").text
@@ -7097,7 +7092,7 @@ def log_in_by_hand(driver, url, remember=False):
     return page
 
 
-@pytest.mark.parametrize("wonderland", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_of_kind", ["memory"], indirect=True)
 def test_a_browser_logs_another_one_out(wonderland, chromium, tmp_path):
     with in_thread(wonderland.site) as port, headless(tmp_path / "firefox", f"user-agent={WINDOWS}") as firefox:
         url = f"http://127.0.0.1:{port}"
@@ -7121,7 +7116,7 @@ def test_a_browser_logs_another_one_out(wonderland, chromium, tmp_path):
         assert chromium.get_log("browser") == firefox.get_log("browser") == []
 
 
-@pytest.mark.parametrize("wonderland", ["memory"], indirect=True)
+@pytest.mark.parametrize("store_of_kind", ["memory"], indirect=True)
 def test_the_pages_of_the_inspector_and_the_login_are_light_or_dark_and_fit_a_phone(wonderland, chromium):
     def look_at(url):
         page, seen = Page(chromium, url), {}
