@@ -805,6 +805,7 @@ def test_what_is_registered_or_declared_after_a_look_up_takes_effect_at_once_and
     assert IThing(late.Kind(), None) == "registered"
     assert registry.lookup(late.Kind, IThing) is registry.lookup(where, IThing)
     registry.unregister(registry.lookup(where, IThing), where, IThing)
+    assert IThing(late.Kind(), None) is None
     register(lambda obj: "declared", IBird, IThing)
     own.register(nothing, IBird, IThing)
     assert IThing(late.Kind(), None) is own.lookup(late.Kind, IThing) is None
@@ -6678,7 +6679,7 @@ def test_a_browser_counts_and_no_script_of_any_origin_sees_the_session(chromium,
         assert [shown(ours + "/"), shown(ours + "/")] == ["2", "4"]
         (cookie,) = (c for c in chromium.get_cookies() if c["name"] == name)
         assert cookie["httpOnly"] and cookie["secure"] == (scheme == "https") and cookie["sameSite"] == "Lax"
-        assert re.fullmatch(UID, cookie["value"]) and "expiry" not in cookie
+        assert re.fullmatch(UID, cookie["value"]) and cookie["path"] == "/" and "expiry" not in cookie
         # Another port is another origin of the same site: its requests carry the cookie, it can't read the answers.
         for host in ("127.0.0.1", "localhost"):  # the latter is another site: no cookie
             assert shown(f"{scheme}://{host}:{other_port}/#{ours}/count") == "nothing"
