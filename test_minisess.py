@@ -971,7 +971,7 @@ def test_an_adapter_made_by_adaptation_is_remembered_until_it_is_unset(thing, re
 
 
 def test_temporary_adapters_None_and_a_default_are_never_remembered(thing, register):
-    register(type("Passing", (Bird,), {"temporaryAdapter": 1}), Componentized, IBird, IPet)
+    register(type("Fleeting", (Bird,), {"temporaryAdapter": 1}), Componentized, IBird, IPet)
     assert IBird(thing) is not thing.getComponent(IBird)
     assert IBird not in thing and IPet not in thing
     answers = [None, None, None, "made"]
@@ -984,7 +984,7 @@ def test_temporary_adapters_None_and_a_default_are_never_remembered(thing, regis
     "first, second, shared",
     [
         (Bird, Bird, True),
-        (type("Single", (Bird,), {"multiComponent": False}),) * 2 + (False,),
+        (type("Alone", (Bird,), {"multiComponent": False}),) * 2 + (False,),
         (lambda original: Bird(original),) * 2 + (False,),
         (type("Other", (Bird,), {}), Bird, False),
     ],
