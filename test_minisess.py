@@ -3997,7 +3997,8 @@ def test_reading_isnt_a_change_though_sets_come_in_another_order_in_each_process
     words = {f"word {n}" for n in range(100)}
     uid = kept(sqlite, thing=Box(values=STORABLE_VALUES, words=words, list=["name", "na" + "me"]), other=[1])
     script = """
-        store, uid = SQLiteStore(sys.argv[1], secret=SECRET), sys.argv[2]
+        path, table, uid = sys.argv[1:]
+        store = SQLiteStore(path, secret=SECRET, table=table)
         reader = store.open(uid)
         reader.release()
         with visit(store, uid) as writer:
@@ -4005,7 +4006,7 @@ def test_reading_isnt_a_change_though_sets_come_in_another_order_in_each_process
         IKept(reader)
         store.save(reader)
         print(IOther(store.peek(uid)))"""
-    run = run_python(script, sqlite.path, uid, PYTHONHASHSEED=seed)
+    run = run_python(script, sqlite.path, sqlite.table, uid, PYTHONHASHSEED=seed)
     assert run.stdout == "[1, 2]\n", run.stderr
 
 
