@@ -2169,7 +2169,7 @@ class RandomWalk:
     """
 
     def __init__(self, store, other, clock, seed):
-        self.store, self.other, self.clock, self.random, self.seed = store, other, clock, random.Random(seed), seed
+        self.store, self.other, self.clock, self.seed = store, other, clock, seed
         self.live = {}  # uid -> what the session should be
         self.due = {}  # witness name -> model of those that are past their deadline
         self.ended = []  # names of witnesses whose sessions were ended by us
@@ -2177,7 +2177,7 @@ class RandomWalk:
         self.moved = {}  # uids that were left, and when
         self.flights = []  # (session, model, when it was opened)
         self.late = []  # (session, model, contents as they were, uid) of requests that have let go
-        self.names, self.thing = itertools.count(), [1, {"two": "three"}]
+        self.random, self.names, self.thing = random.Random(f"walk {seed}"), itertools.count(), [1, {"two": "three"}]
         Witness.saw.clear()
 
     def take(self, steps):
