@@ -54,7 +54,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import subprocess
@@ -3497,7 +3496,7 @@ POISONS = {
     "a reference to itself": b"P%s.IKept\n." % __name__.encode(),
     "the state of the session": SESSION + b"}" + text("renew") + BOX + b"sb.",
     "the slots of the session": SESSION + b"N}" + text("_store") + BOX + b"s\x86b.",
-    "the state of _make": b"cminisess\n_make\nN}" + text("__code__") + b"Ns\x86b.",
+    "the state of _make": b"h\0N}" + text("__code__") + b"Ns\x86b.",
     "the class of a box": BOX + b"N}" + text("__class__") + BOX + b"s\x86b.",
     "a call of the session": SESSION + b")R.",
     "an item of the session": SESSION + text("a") + b"a.",
