@@ -3016,7 +3016,13 @@ class RedisStore(PersistentStore):
         redis.call('PEXPIRE', KEYS[1], ARGV[5])
         return 1"""
     _FREE = """-- ARGV: token
-        if redis.call('HGET', KEYS[1], 'holder') == ARGV[1] then redis.call('HSET', KEYS[1], 'until', 0) end"""
+        local v = redis.call('HMGET', KEYS[1], 'holder', 'due')
+        if v[1] ~= ARGV[1] then return false end
+        redis.call('HSET', KEYS[1], 'until', 0)
+        return v[2]"""
+    _PARK = """-- ARGV: now
+        local v = redis.call('HGET', KEYS[1], 'until')
+        if v and tonumber(v) > tonumber(ARGV[1]) then redis.call('HSET', KEYS[1], 'due', 'inf') end"""
     _SWAP = """-- ARGV: old, new, due, ttl or ''
         local v = redis.call('HGET', KEYS[1], 'record')
         if v ~= ARGV[1] then return v == ARGV[2] and 1 or 0 end
@@ -3055,7 +3061,7 @@ class RedisStore(PersistentStore):
         if client.get_encoder().decode_responses:
             raise ValueError("records are bytes: make the Redis client without decode_responses=True")
         self._client, self._prefix, self._due_index = client, prefix, prefix + "due"
-        scripts = (self._HOLD, self._WRITE, self._FREE, self._SWAP, self._DELETE, self._LEAVE)
+        scripts = (self._HOLD, self._WRITE, self._FREE, self._PARK, self._SWAP, self._DELETE, self._LEAVE)
         self._scripts = {script: client.register_script(script) for script in scripts}
 
     def _place(self, key: str) -> str:
@@ -3124,7 +3130,8 @@ class RedisStore(PersistentStore):
         return bool(done)
 
     def free(self, key: str, token: str) -> None:
-        self._eval(self._FREE, key, token)
+        if self._eval(self._FREE, key, token) == b"inf":  # perhaps found in use when it was due
+            self._client.zadd(self._due_index, {key: self.clock()})
 
     def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
         if new is None:
@@ -3182,7 +3189,9 @@ class RedisStore(PersistentStore):
             if record is None:
                 self._client.zrem(self._due_index, key)
             elif float(until or 0) > now:
+                # In use: looked at when it is let go, or when its lease is over.
                 self._client.zadd(self._due_index, {key: float(until)})
+                self._eval(self._PARK, key, now)
             else:
                 rows.append((key, record))
         return rows
