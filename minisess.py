@@ -1202,11 +1202,11 @@ class _Turn:
     __slots__ = ("holds", "key", "thread", "frame", "__weakref__")
 
     def __init__(self, holds: _Holds, key: str) -> None:
-        self.holds, self.key = holds, key
+        self.holds, self.key, self.thread, self.frame = holds, key, threading.get_ident(), 0
 
     def __enter__(self) -> Any:
         token, frame = ref(self), sys._getframe(1)
-        self.thread, self.frame = threading.get_ident(), id(frame)
+        self.frame = id(frame)
         holder = self.holds.holders.setdefault(self.key, token)
         if holder is not token:
             turn = holder()
