@@ -191,8 +191,8 @@ def _log(level: int, event: str, handle: str, message: str, *args: object, **det
 _MISSING: Any = type("_Missing", (), {"__repr__": lambda self: "..."})()
 
 # What an interface remembers of a type, besides None (nothing) and a callable (the adapter):
-_ITSELF: Any = object()  # the object is the answer
-_KEPT: Any = object()  # look at what obj keeps, see Componentized
+_ITSELF: Any = "itself"  # the object is the answer
+_KEPT: Any = "kept"  # look at what obj keeps, see Componentized
 
 # What was found out: how to adapt (by interface and type), by which factory, and in which order
 # classes and interfaces are looked at.  `AdapterRegistry.forget` puts new dicts in their places, so
@@ -1357,6 +1357,9 @@ _VALUES = frozenset(
     "pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath".split()
 )
 
+# Of these, the ones of which all who ask may get the same object.
+_SHARED = ("datetime.timezone", "zoneinfo.ZoneInfo")
+
 # How an object is made, in a call of `_make`: by its class's __new__, by calling the class, as an
 # enum's member, as a defaultdict with the factory of that name; or it is the session itself.
 _NEW_OBJECT, _CALL, _MEMBER, _FACTORY, _SESSION = range(5)
@@ -1445,8 +1448,9 @@ class _Writer(pickle.Pickler):
             kept = "" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)
             call: Any = (self.class_name(kind), _FACTORY, kept)
             return _make, call, (None, None, list(obj.items())), None, None, _make
-        if _name(kind) == "zoneinfo.ZoneInfo" and obj.key is not None:
-            return _make, ("zoneinfo.ZoneInfo", _CALL, obj.key)
+        name = _name(kind)
+        if name == "datetime.timezone" or name == "zoneinfo.ZoneInfo" and obj.key is not None:
+            return _make, (name, _CALL, *([obj.key] if hasattr(obj, "key") else obj.__getinitargs__()))
         return self.reduced(obj, kind)
 
     def reduced(self, obj: Any, kind: type) -> tuple[Any, ...]:
@@ -1467,7 +1471,7 @@ class _Writer(pickle.Pickler):
             by = getattr(cls, "__qualname__", repr(cls))
             raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
         call = (self.class_name(cls), how, *args)
-        if isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
+        if call[0] not in _VALUES and isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
             raise self.offence(f"the one object of class {_name(cls)}, which all share: make it an enum")
         if state is None and items is None and pairs is None:
             return _make, call
@@ -1500,8 +1504,8 @@ class _Reader(pickle.Unpickler):
     """Unpickles with *make* for `_make`; no record gets at anything else."""
 
     def __init__(self, content: bytes, make: Any = None) -> None:
-        self.make = make
-        super().__init__(io.BytesIO(content if make is None else b"cm\nmake\n\x94." + content))
+        self.make, self.file = make, io.BytesIO(content if make is None else b"cm\nmake\n\x94." + content)
+        super().__init__(self.file)
         if make is not None:
             self.load()  # into the memo
 
@@ -1531,8 +1535,8 @@ def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
         return cls(plain.get(args[0]) or _find_class(args[0]) if args[0] else None)
     build: Any = cls if how == _CALL else partial(cls.__new__, cls)
     made = build(*args)
-    if (isinstance(cls.__new__, FunctionType) or type(cls).__call__ is not type.__call__) and build(*args) is made:
-        # A record may only fill what it has made.
+    special = isinstance(cls.__new__, FunctionType) or type(cls).__call__ is not type.__call__
+    if special and name not in _VALUES and build(*args) is made:  # a record may only fill what it has made
         raise SealError(f"{name} gives the same object to all who ask; only an enum may do that")
     return made
 
@@ -1572,7 +1576,7 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
             if error is not None:
                 raise error
             obj = _make_object(name, how, args)
-            if how == _MEMBER:
+            if how == _MEMBER or name in _SHARED:
                 return obj
         except Exception as error:
             failed.setdefault(number, error)
@@ -1593,14 +1597,12 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
 
     loaded: dict[str, Any] = {}
     reader = _Reader(content, make)
-    while True:
-        try:
-            name, each = reader.load()
-        except EOFError:
-            return loaded
+    while reader.file.tell() < len(reader.file.getbuffer()):
+        name, each = reader.load()
         if type(name) is not str:
             raise SealError("the record has another form than this version writes")
         loaded[name] = each
+    return loaded
 
 
 def _load(content: bytes, session: Any) -> tuple[dict[str, Any], bool]:
@@ -1801,8 +1803,10 @@ class MemoryStore:
         now = self.clock()
         if now >= self._next:
             self._reclaim(now)
-        record = self._records.get(uid)
-        if record is None:
+        # Strategy: a dict's get() locks it on free-threaded CPython 3.13, [] doesn't.
+        try:
+            record = self._records[uid]
+        except KeyError:
             return self._missing(uid, now)
         session = Session(self, record, request)
         token = session._token
@@ -1826,8 +1830,12 @@ class MemoryStore:
         return MOVED if self._moved.get(uid, now) > now else None
 
     def peek(self, uid: str, request: object = None) -> Session | None:
-        record, now = self._records.get(uid), self.clock()
-        if record is not None and (now < record.due or now < record.expires):
+        now = self.clock()
+        try:
+            record = self._records[uid]
+        except KeyError:
+            return self._missing(uid, now)
+        if now < record.due or now < record.expires:
             look = _look(Session(self, record, request))
             self._running.add(ref(look, self._running.discard))
             if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
@@ -1841,7 +1849,7 @@ class MemoryStore:
         key = record.key
         if session._base is not None:
             self.save_late(session)
-        elif record.state is _STORED and self._holders.get(key) is token:
+        elif record.state is _STORED and key in self._holders and self._holders[key] is token:
             if self.strict:
                 _dump(session)
             record.lastModified = self.clock()
@@ -2835,7 +2843,10 @@ class SQLiteStore(_SQLStore):
             raise StoreError(f"{self.path} was deleted or replaced while it was in use: what was in it is gone")
         # Not by SQLite, which lets others read it; its other files get the rights of this one.
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = self._sqlite.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        # Without a GIL a statement that another thread has prepared outlives close(), and with it the open file.
+        cached = 128 if getattr(sys, "_is_gil_enabled", lambda: True)() else 0
+        options = {"isolation_level": None, "check_same_thread": False, "cached_statements": cached}
+        connection = self._sqlite.connect(self.path, timeout=10, **options)
         try:
             # Each write copies a page to the log, and sessions are small: a tenth of the time.  (For new files.)
             for pragma in ("page_size=2048", "journal_mode=WAL", "synchronous=NORMAL"):
@@ -2915,8 +2926,9 @@ class PostgresStore(_SQLStore):
 
     *connect* answers a context manager that gives a DB-API connection (of psycopg, psycopg2 or
     pg8000), such as ``psycopg_pool.ConnectionPool(...).connection``.  A connection is taken for one
-    statement at a time, so a transaction pooler (PgBouncer) in between will do.  The other
-    arguments: see `PersistentStore`.
+    statement at a time, so a transaction pooler (PgBouncer) in between will do, but not for pg8000,
+    which prepares a statement in one transaction and runs it in the next.  The other arguments: see
+    `PersistentStore`.
     """
 
     # A hold needn't survive a crash of the server, nor what a sweep does, so they don't wait for the disk.
@@ -3143,7 +3155,7 @@ class RedisStore(PersistentStore):
         pipeline, by = self._client.pipeline(transaction=False), secrets.token_hex(8)
         ended = [(key, old) for key, old, new, _ in verdicts if new is None]
         for key, old in ended:
-            pipeline.eval(self._DELETE, 1, self._place(key), by, old)
+            pipeline.execute_command("EVAL", self._DELETE, 1, self._place(key), by, old)  # a cluster's has no eval()
         found = dict(zip([key for key, _ in ended], pipeline.execute(), strict=True))
         pipeline = self._client.pipeline(transaction=False)
         for key, answer in found.items():
@@ -3277,7 +3289,7 @@ def _check_cookie_options(
 # ---------------------------------------------------------------------------
 
 # Where the environ has the exchange; a vendored copy of this file has a place of its own.
-_KEY = f"{__name__}.session"
+_KEY = sys.intern(f"{__name__}.session")
 
 # What a response with a new cookie says to shared caches, and what says more.
 _NO_CACHE = 'no-cache="Set-Cookie"'
@@ -3541,11 +3553,11 @@ class _Exchange:
 class _Body:
     """The application's body, if it isn't a list: its first piece, or its end, lets the headers leave."""
 
-    __slots__ = ("_exchange", "_result", "_next")
+    __slots__ = ("_exchange", "_result", "_iterator")
 
     def __init__(self, exchange: _Exchange, result: Iterable[bytes]) -> None:
         self._exchange, self._result = exchange, result
-        self._next = iter(result).__next__
+        self._iterator = iter(result)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -3553,17 +3565,15 @@ class _Body:
     def __next__(self) -> bytes:
         exchange = self._exchange
         try:
-            chunk = self._next()
-        except StopIteration:
+            chunk = next(self._iterator, _MISSING)
             if not exchange._sent:  # write() may have been called
                 exchange.commit()
-            raise
         except BaseException:
             if not exchange._sent:  # some servers don't call close() then
                 exchange.abort()
             raise
-        if not exchange._sent:
-            exchange.commit()
+        if chunk is _MISSING:
+            raise StopIteration
         return chunk
 
     def close(self) -> None:
