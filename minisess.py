@@ -1782,7 +1782,7 @@ class MemoryStore:
             raise ValueError(f"capacity is the largest number of sessions, 1 or more, not {capacity!r}")
         self.capacity, self.strict, self.clock = capacity, strict, clock
         self.holds = _Holds()
-        self._holders = self.holds.holders
+        self._holders, self._lines = self.holds.holders, self.holds.lines
         self._records: dict[str, _Record] = {}
         self._owned: dict[str, dict[_Record, None]] = {}
         self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
@@ -1857,9 +1857,9 @@ class MemoryStore:
             if request is None or not request._over or self._parked:
                 self._let_go(session, request)
             # Strategy: where nobody waits this is holds.free, without the call.
-            if key not in self.holds.lines:
+            if key not in self._lines:
                 self._holders.pop(key, None)
-            if key in self.holds.lines:
+            if key in self._lines:
                 self.holds.free(key, token)
         elif record.state is _ENDED:
             _lost(session)
@@ -3290,6 +3290,7 @@ def _check_cookie_options(
 
 # Where the environ has the exchange; a vendored copy of this file has a place of its own.
 _KEY = sys.intern(f"{__name__}.session")
+_FIRST = sys.intern(f"{__name__}.first")  # the session that its first thread has opened
 
 # What a response with a new cookie says to shared caches, and what says more.
 _NO_CACHE = 'no-cache="Set-Cookie"'
@@ -3332,7 +3333,6 @@ class _Exchange:
     _sent = False  # did the headers leave?
     _over = False  # is the response over?
     _outer: _Exchange | None = None  # that of a middleware around this one, with another cookie
-    _opened: list[Session]  # what threads of this request have opened at once: the first is everyone's
     _session: Any = None
     _look: Any = _MISSING  # what `peek` has answered
     _secure = False  # does the cookie need Secure?
@@ -3372,8 +3372,8 @@ class _Exchange:
             return session
         if self._sent:
             middleware._warn_of_vary(self._response[1])
-        self._opened.append(session)
-        self._session = session = self._opened[0]
+        # What threads of this request open at once is the first one's.
+        self._session = session = environ.setdefault(_FIRST, session)
         if self._over:  # it has ended while a thread of it opened this
             session._store.release(session)
         return session
@@ -3414,7 +3414,6 @@ class _Exchange:
         self._gone = self._gone or record.hold is session._token
         moved = not self._gone and self._came is not None and self._middleware.store.peek(self._came) is MOVED
         self._session = session = self._create(moved)
-        self._opened = [session]
         return session
 
     def _create(self, moved: bool = False) -> Session:
@@ -3736,9 +3735,10 @@ class SessionMiddleware:
                 self._check_same_store(same._middleware)
                 return self.app({**environ, _KEY: same} if same is not outer else environ, start_response)
             environ = environ.copy()  # so that there are two sessions, each where it belongs
+            environ.pop(_FIRST, None)
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._start, exchange._opened = self, start_response, []
+        exchange._middleware, exchange._start = self, start_response
         result = None
         if outer is not None:
             exchange._outer = outer
@@ -3751,8 +3751,9 @@ class SessionMiddleware:
                     exchange.close()
                 else:
                     exchange.commit()
-                    if exchange._session is not None and exchange._session._base is not None:
-                        exchange._session._store.leave(exchange._session)
+                    session = exchange._session
+                    if session is not None and session._base is not None:
+                        session._store.leave(session)
                 exchange._start = exchange._send = _too_late
                 return result
             return _Body(exchange, result)
