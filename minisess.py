@@ -2861,7 +2861,11 @@ class SQLiteStore(_SQLStore):
 
     def _run(self, sql: str, *args: object) -> Any:
         with self.holds.alone("connection"):
-            return self._execute(self._connect(), sql, *args)
+            connection = self._connection
+            # Strategy: what saves a session was opened before; to look again whether the file is there takes 3 %.
+            if connection is None or not sql.startswith("UPDATE TABLE SET record"):
+                connection = self._connect()
+            return self._execute(connection, sql, *args)
 
     def _execute(self, connection: Any, sql: str, *args: object) -> Any:
         cursor = connection.execute(sql.replace("TABLE", self.table), args)
