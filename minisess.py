@@ -2956,9 +2956,9 @@ class PostgresStore(_SQLStore):
         self._connect, self._created = connect, False
 
     def _run(self, sql: str, *args: object) -> Any:
+        """See `_SQLStore`; the first makes the table, under a lock, since processes that start at once all try."""
         if not self._created:
             if self._execute("SELECT to_regclass(%s)", self.table)[0][0] is None:
-                # Processes that start at once may get in each other's way here.
                 self._execute("; ".join(["SELECT pg_advisory_xact_lock(7306377)", *self._create_table]))
             self._created = True
         for attempt in itertools.count():
@@ -3061,6 +3061,7 @@ class RedisStore(PersistentStore):
         redis.call('HSET', KEYS[1], 'record', string.char(0), 'to', ARGV[2], 'owner', v[4])
         redis.call('EXPIRE', KEYS[1], ARGV[3])
         return v[4]"""
+    _SCRIPTS = (_HOLD, _WRITE, _FREE, _PARK, _SWAP, _DELETE, _LEAVE)
 
     def __init__(
         self,
@@ -3077,8 +3078,7 @@ class RedisStore(PersistentStore):
         if client.get_encoder().decode_responses:
             raise ValueError("records are bytes: make the Redis client without decode_responses=True")
         self._client, self._prefix, self._due_index = client, prefix, prefix + "due"
-        scripts = (self._HOLD, self._WRITE, self._FREE, self._PARK, self._SWAP, self._DELETE, self._LEAVE)
-        self._scripts = {script: client.register_script(script) for script in scripts}
+        self._scripts = {script: client.register_script(script) for script in self._SCRIPTS}
 
     def _place(self, key: str) -> str:
         return f"{self._prefix}{{{key}}}"
@@ -3747,8 +3747,7 @@ class SessionMiddleware:
         if outer is not None:
             exchange._outer = outer
         try:
-            app = self.app
-            result = app(environ, exchange.start_response)
+            result = self.app(environ, exchange.start_response)
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
                 exchange._over = True
                 if exchange._sent:  # by write()
