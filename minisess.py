@@ -708,9 +708,8 @@ _FIELDS = (
     "created",
     "lifetime",
     "max_lifetime",
-    "since",  # when the absolute timeout began to run
+    "since",  # when the absolute timeout began to run: at the beginning, or at the last login
     "owner",
-    "authenticated",
     "forgotten",  # (lifetime, max_lifetime) for when it is no longer remembered, or None
     "callbacks",  # functions, or for a persistent store pairs: an interface's name, and a method of its component
 )
@@ -730,7 +729,7 @@ def _hash(uid: str, place: str = "") -> str:
 
 def _new_fields(now: float, lifetime: float, max_lifetime: float) -> tuple[Any, ...]:
     """The `_FIELDS` of one that begins *now*."""
-    return now, None, now, lifetime, max_lifetime, now, None, None, None, ()
+    return now, None, now, lifetime, max_lifetime, now, None, None, ()
 
 
 def _seconds(value: float | None, name: str) -> float:
@@ -772,11 +771,15 @@ class _Record:
     def fill(self, fields: tuple[Any, ...]) -> None:
         """Have these values of `_FIELDS`."""
         self.lastModified, self.cookie, self.created, self.lifetime, self.max_lifetime, *rest = fields
-        self.since, self.owner, self.authenticated, self.forgotten, self.callbacks = rest
+        self.since, self.owner, self.forgotten, self.callbacks = rest
 
     @property
     def expires(self) -> float:
         return min(self.lastModified + self.lifetime, self.since + self.max_lifetime)  # type: ignore[no-any-return]
+
+    @property
+    def authenticated(self) -> float | None:
+        return None if self.owner is None else self.since
 
     @property
     def ended(self) -> bool:
@@ -1028,7 +1031,7 @@ class Session(Componentized):
         record, now = acting._record, acting._store.clock()
         usual = record.forgotten or (record.lifetime, record.max_lifetime)
         lifetime, max_lifetime = usual if seconds is None else (seconds, seconds)
-        times = {"authenticated": now, "since": now, "lastModified": now, "cookie": None}
+        times = {"since": now, "lastModified": now, "cookie": None}
         limits = {"lifetime": lifetime, "max_lifetime": max_lifetime, "forgotten": usual if seconds else None}
         acting._store.renew(acting, owner=owner, **times, **limits)
 
@@ -2175,17 +2178,8 @@ def _deadlines(fields: tuple[Any, ...]) -> tuple[float, float]:
 
 def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
     """*fields*, if they are values for `_FIELDS` that this version writes."""
-    modified, cookie, created, lifetime, max_lifetime, since, owner, authenticated, forgotten, callbacks = fields
-    numbers = (
-        modified,
-        created,
-        lifetime,
-        max_lifetime,
-        since,
-        authenticated or 0,
-        *(cookie or ()),
-        *(forgotten or ()),
-    )
+    modified, cookie, created, lifetime, max_lifetime, since, owner, forgotten, callbacks = fields
+    numbers = (modified, created, lifetime, max_lifetime, since, *(cookie or ()), *(forgotten or ()))
     if (
         _NUMBERS.issuperset(map(type, numbers))
         and modified + lifetime > -1e300 < since + max_lifetime  # nor NaN

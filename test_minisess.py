@@ -3183,7 +3183,7 @@ def forge(store, uid, content=None, **fields):
     put_record(store, uid, sealed(store, key_of(store, uid), b"%08d" % len(head) + head + (content or before)))
 
 
-FIELDS = "lastModified cookie created lifetime max_lifetime since owner authenticated forgotten callbacks".split()
+FIELDS = "lastModified cookie created lifetime max_lifetime since owner forgotten callbacks".split()
 
 
 def rename(store, uid, old, new):
@@ -3573,7 +3573,6 @@ BAD_FIELDS = {
     "too short": pickle.dumps((1, 2, 3)),
     "text for a time": {"created": "1"},
     "a number for an owner": {"owner": 5},
-    "a list for the time of the login": {"authenticated": [1]},
     "callbacks of another form": {"callbacks": ("x",)},
     "callbacks that aren't text": {"callbacks": ((1, 2),)},
     "a cookie of three": {"cookie": (1, 2, 3)},
