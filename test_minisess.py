@@ -768,8 +768,11 @@ class Hierarchy:
         self.interfaces, self.classes, self.registrations = {}, [], []  # interfaces: ours -> zope's
         self.adapters = zope.adapter.AdapterRegistry()
         for number in range(self.random.randint(2, 6)):
+            bases = self.some([*self.interfaces], 0.8)
+            theirs = tuple(map(self.interfaces.get, bases)) or (zope.Interface,)
             with contextlib.suppress(TypeError):  # bases that Python can't order
-                self.add_interface(f"I{seed}_{number}")
+                ours = interface(f"I{seed}_{number}", *bases)
+                self.interfaces[ours] = zope.interface.InterfaceClass(ours.__name__, theirs)
         for number in range(self.random.randint(2, 6)):
             with contextlib.suppress(TypeError):
                 self.classes.append(type(f"C{seed}_{number}", tuple(self.some(self.classes, 0.7)), {}))
@@ -780,11 +783,6 @@ class Hierarchy:
         most = self.random.randint(1, 3) if self.random.random() < share else 0
         return self.random.sample(things, min(len(things), most))
 
-    def add_interface(self, name):
-        bases = self.some([*self.interfaces], 0.8)
-        theirs = tuple(self.interfaces[base] for base in bases) or (self.zope.Interface,)
-        self.interfaces[interface(name, *bases)] = self.zope.interface.InterfaceClass(name, theirs)
-
     def declare(self, kind, share=1.0):
         interfaces = self.some([*self.interfaces], share)
         self.zope.classImplements(implementer(*interfaces)(kind), *map(self.interfaces.get, interfaces))
@@ -793,8 +791,7 @@ class Hierarchy:
         return self.interfaces.get(source) or self.zope.implementedBy(source)
 
     def register(self):
-        source = self.random.choice([*self.classes, *self.interfaces, object])
-        target = self.random.choice(list(self.interfaces))
+        source, target = map(self.random.choice, ([*self.classes, *self.interfaces, object], [*self.interfaces]))
 
         def factory(obj):
             return factory
@@ -4955,16 +4952,6 @@ def tell(environ):
     return b"%d" % visited(ISession(environ))
 
 
-def tell_all(session):
-    return [repr([session.ended, session.owner, ICounter(session).hits]).encode()]
-
-
-def logged_in(environ):
-    ISession(environ).login("ann")
-    SERVED_EVENTS.append("login")
-    return tell_all(ISession(environ))
-
-
 def takes_long(environ):
     SERVED_EVENTS.append("slow")
     end = time.monotonic() + 5
@@ -4978,13 +4965,6 @@ def endless(environ):
             yield b"x" * 65536
     finally:
         SERVED_EVENTS.append("endless")
-
-
-def released(environ):
-    session = ISession(environ)
-    session.release()
-    takes_long(environ)
-    return tell_all(session)
 
 
 SERVED_EVENTS = ["start"]  # in the server's process
@@ -5004,8 +4984,6 @@ SERVED = {path: app for path, (app, _, _) in ANSWERS_SERVED.items()} | {
     "/boom": script("200 OK", ..., tell, LookupError),
     "/lazy": script("200 OK", ..., count, LookupError),
     "/endless": script("200 OK", count, endless),
-    "/login": script("200 OK", logged_in),
-    "/released": script("200 OK", count, released),
     "/holds": script("200 OK", count, takes_long, [b"held"]),
     "/go": script("200 OK", lambda environ: SERVED_EVENTS.append("go"), []),
     "/events": script("200 OK", lambda environ: [SERVED_EVENTS[-1].encode()]),
@@ -5073,18 +5051,13 @@ def test_real_servers_survive_broken_applications_and_clients_that_go_away_and_t
     assert known.get("/list").text == "9"
 
 
-def test_real_servers_let_the_next_request_wait_and_tell_nobody_the_id_that_a_login_made_meanwhile(known):
+def test_real_servers_let_the_next_request_wait_for_the_session(known):
     slow = Background(known.get, "/holds")
     wait_until(lambda: known.last() == "slow")
     waiting = Background(known.get, "/list")
     assert waiting.is_stuck()
     Browser(known.application).get("/go")
     assert (slow.result().text, waiting.result().text) == ("held", "3")
-    victim, slow = Browser(known.application, cookies=known.cookies), Background(known.get, "/released")
-    wait_until(lambda: known.last() == "slow")
-    assert victim.get("/login").text == "[False, 'ann', 4]"
-    assert slow.result().text == "[True, None, 0]" and slow.result()["Set-Cookie"] is None
-    assert known.get("/list").text == "1"
 
 
 # Asks twice for what stands behind the #, or for /count, and shows what it may read of that.
