@@ -1421,6 +1421,8 @@ class StoreContract:
             ((10, 70), [(lambda s: s.login("ann", remember=30), 9), (LOG_IN, 20)], 30, "idle"),
             ((10, 15), [(lambda s: s.login("ann", remember=30), 5), (LOG_IN, 20), (put(n=1), 28)], 35, "absolute"),
             ((10, 15), [(put(n=1), 16)], 16, "absolute"),  # it outlasts its deadline, and is the last
+            # The clock steps back and forth.
+            ((50, 90), [step for t in (-40, 0, 40, 0) for step in (("look", t), (put(n=t), t))], 50, "idle"),
         ],
     )
     def test_it_ends_exactly_at_its_deadline_and_not_before(self, store, clock, limits, steps, end, reason, caplog):
@@ -1430,7 +1432,7 @@ class StoreContract:
         for work, when in steps:
             if work == "look":
                 clock.now = start + when
-                assert lives(store, uid)
+                assert (store.sweep(), lives(store, uid)) == (0, True)
                 continue
             with visit(store, uid) as session:
                 clock.now = start + when
@@ -1479,15 +1481,6 @@ class StoreContract:
         assert sorted(Witness.saw) == list(range(40))
         assert len(store) == (31 if ahead else 30)
 
-    def test_a_clock_that_steps_back_and_forth_loses_no_session_that_isnt_over(self, store, clock):
-        uid = new_session(store, 10800, 86400, foo=1).uid
-        for step in (-3600, 3600, 3600, -3600):
-            clock.advance(step)
-            store.sweep()
-            with visit(store, uid):
-                new_session(store, 10800, 86400, foo=1)
-        assert len(store) == 5
-
     @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
     @pytest.mark.parametrize("ender", "sweep expireAll clear expire request".split())
     def test_callbacks_run_once_and_in_order_whatever_one_of_them_raises(
@@ -1535,13 +1528,9 @@ class StoreContract:
         mine.setComponent(ICurrentUser, 1)
         store.save(mine)
         assert (Witness.saw, len(store), store.open(made.uid)) == (["w"], 1, None)
-        assert [(r.event, r.session, r.owner, r.reason) for r in caplog.records] == [
-            ("login", made.handle, "ann", None),
-            ("created", made.handle, "ann", None),
-            ("created", other.handle, None, None),
-            ("ended", made.handle, "ann", "logout"),
-            ("lost", made.handle, None, None),
-        ]
+        said = [(r.event, r.owner, r.reason) for r in caplog.records if r.session == made.handle]
+        assert said[:2] == [("login", "ann", None), ("created", "ann", None)]
+        assert said[2:] == [("ended", "ann", "logout"), ("lost", None, None)]
         assert caplog.records[-1].levelname == "WARNING" and made.uid not in caplog.text
 
     def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock):
@@ -1668,17 +1657,14 @@ class StoreContract:
         with visit(store, uid, patience=0) as again:
             assert vars(again) == {"foo": 1} and ICounter not in again
 
-    def test_peek_answers_what_is_stored_and_after_ISession_the_requests_own_session(self, store):
+    def test_a_request_that_has_asked_for_its_session_peeks_at_that(self, store):
         def work(environ):
             look, session = minisess.peek(environ), ISession(environ)
-            session.foo = getattr(look, "foo", 0) + 1
-            return look is session, minisess.peek(RequestWithEnviron(environ)) is session, session.foo
+            return look.foo, look is session, minisess.peek(RequestWithEnviron(environ)) is session
 
-        visitor = Guest(store)
-        assert visitor.do(lambda look: look, find=minisess.peek) is None
-        assert (visitor.was_told, visitor.response["Vary"], len(store)) == (None, "Cookie", 0)
-        for times in (1, 2):
-            assert visitor.do(work, find=lambda environ: environ) == (False, True, times)
+        guest = Guest(store, {"sid": new_session(store, foo=1).uid})
+        assert guest.do(work, find=lambda environ: environ) == (1, False, True)
+        assert Guest(store).do(lambda look: look, find=minisess.peek) is None
 
     # Holding
 
@@ -1876,20 +1862,19 @@ class StoreContract:
 
     # Requests that came with an id that has moved
 
-    @pytest.mark.parametrize("late", [False, True], ids=["waiting", "after the login"])
-    def test_a_parallel_request_with_the_old_id_cant_undo_a_login_but_log_in_anew(self, store, late):
+    def test_a_parallel_request_with_the_old_id_cant_undo_a_login_but_log_in_anew(self, store):
         def log_in(session):
-            if not late:
-                waiting.append(Background(parallel.do, put(seen=1)))
-                assert waiting[0].is_stuck()
+            waiting.append(Background(parallel.do, put(seen=1)))
+            assert waiting[0].is_stuck()
             session.login("ann")
 
         visitor, waiting = Guest(store), []
         visitor.do(put(basket=1))
         parallel = Guest(self.elsewhere(store), visitor.cookies)
         visitor.do(log_in)
-        (waiting[0].result() if waiting else parallel.do(put(seen=1)))
+        waiting[0].result()
         assert parallel.was_told is None
+        assert parallel.do(lambda session: put(seen=2)(session) or session.owner) is None
         assert parallel.do(lambda session: (vars(session), session.owner)) == ({}, None)
         assert parallel.was_told is None
         assert (len(store), [s.handle for s in store.sessions("ann")]) == (1, [store.peek(visitor.sid).handle])
@@ -2270,10 +2255,8 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked
         if not Background(interrupt_at, number, request).result():
             break
         del request
-        try:
-            Background(afterwards, guest).result()
-        except BaseException as error:
-            raise AssertionError(f"something is held since bytecode {number}") from error
+        print("bytecode", number)  # pytest shows it if something is held since
+        Background(afterwards, guest).result()
     assert number > 100
     store_of_kind.clear()
     assert len(store_of_kind) == 0
@@ -2295,7 +2278,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     uids = [new_session(store_of_kind, 1000, 1000, foo=1).uid for _ in range(3)]
     stop, hits, start = threading.Event(), [], time.monotonic()
     threads = [Background(worker, uid) for uid in [*uids, uids[0]]]
-    while time.monotonic() < start + (3 if len(hits) > 100 else 20):
+    while time.monotonic() < start + (3 if len(hits) > 100 else 30):
         time.sleep(0.002)
         target = ctypes.c_ulong(random.choice(threads).ident)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(Interrupted))
@@ -2501,48 +2484,40 @@ class TestMemoryStore:
         gc.enable()
 
     @pytest.mark.parametrize(
-        ("end", "pause"),
+        ("status", "end", "pause"),
         [
-            (lambda store, uid: store.open(uid).expire(), 0),
-            (lambda store, uid: store.expireAll("ann"), 0),
-            (lambda store, uid: new_session(store, owner="ann"), 0),  # it is over its capacity then
-            (lambda store, uid: store.open(uid), LIFETIME),
-            (lambda store, uid: store.open("A" * 43), LIFETIME),
-            (lambda store, uid: store.sweep(), LIFETIME),
+            ("200 OK", lambda store, uid: store.open(uid).expire(), 0),
+            ("200 OK", lambda store, uid: store.expireAll("ann"), 0),
+            ("200 OK", lambda store, uid: new_session(store, owner="ann"), 0),  # it is over its capacity then
+            ("200 OK", lambda store, uid: store.open(uid), LIFETIME),
+            ("200 OK", lambda store, uid: store.open("A" * 43), LIFETIME),
+            ("200 OK", lambda store, uid: store.sweep(), LIFETIME),
+            (ZeroDivisionError, None, 0),  # its request fails
         ],
     )
     @CPYTHON
-    def test_it_ends_by_reference_counting_alone(self, clock, without_gc, end, pause):
-        store, lines = MemoryStore(clock=clock, capacity=1), []
-        session = store.create(LIFETIME, MAX_LIFETIME)
-        witness = session.witness = Witness("w", session)
-        session.attribute = session.me = session
-        session.setComponent(IWitness, witness)
-        session.setComponent(ICurrentUser, Witness(witness, session))
-        session.notifyOnExpire(witness.ended)
-        session.notifyOnExpire(lambda session=session: lines.append(session))
-        session.login("ann")
-        store.save(session)
-        uid, refs = session.uid, [weakref.ref(each) for each in (session, witness, ICurrentUser(session))]
-        del session, witness
-        assert None not in [ref() for ref in refs]
-        clock.advance(pause)
-        end(store, uid)
-        assert len(lines) == 1
-        lines.clear()
-        assert [ref() for ref in refs] == [None] * 3
+    def test_it_ends_by_reference_counting_alone(self, clock, without_gc, status, end, pause):
+        def fill(session):
+            witness = session.witness = Witness("w", session)
+            session.attribute = session.me = session
+            session.setComponent(IWitness, witness)
+            session.setComponent(ICurrentUser, Witness(witness, session))
+            session.notifyOnExpire(witness.ended)
+            session.notifyOnExpire(lambda session=session: lines.append(session))
+            refs.extend(weakref.ref(each) for each in (session, witness, ICurrentUser(session)))
+            if end:
+                session.login("ann")
 
-    @CPYTHON
-    def test_a_failed_request_leaves_nothing_to_the_garbage_collector(self, store, without_gc):
-        def keep(environ):
-            witness = Witness("w", ISession(environ))
-            ISession(environ).setComponent(IWitness, witness)
-            refs.append(weakref.ref(witness))
-
-        refs = []
+        store, lines, refs = MemoryStore(clock=clock, capacity=1), [], []
+        guest = Guest(store, lifetime=LIFETIME)
         with contextlib.suppress(ZeroDivisionError):
-            SessionMiddleware(script(keep, ZeroDivisionError), store)(Browser(None).environ(), None)
-        assert refs[0]() is None
+            guest.do(fill, **{"test.status": status})
+        if end:
+            clock.advance(pause)
+            end(store, guest.sid)
+            assert len(lines) == 1
+            lines.clear()
+        assert [ref() for ref in refs] == [None] * 3
 
     @CPYTHON
     def test_a_component_is_destroyed_when_no_lock_is_held(self, store):
@@ -2598,6 +2573,7 @@ class TestMemoryStore:
             for _ in range(400):
                 if not uids or rng.random() < 0.2:
                     uids.append(new_session(store, witness=next(names), owner="ann").uid)
+                    assert len(store) <= 12
                     del uids[:-15]
                     continue
                 session = store.open(rng.choice(list(uids)), patience=5)
@@ -2657,14 +2633,6 @@ class TestMemoryStore:
         assert (len(store), len(Witness.saw)) == (1000, 100)  # only then owners' go, those closest to their end first
         assert set(range(5)) <= set(Witness.saw)
 
-    def test_capacity_holds_with_many_threads(self):
-        def fill():
-            return max(new_session(store, foo=1) and len(store) for _ in range(150))
-
-        store = MemoryStore(capacity=20)
-        with often_switching():
-            assert max(at_once(*[fill] * 6)) == 20
-
     def test_no_request_pays_for_many_and_in_the_end_all_are_gone(self, store, clock):
         for n in range(5000):
             new_session(store, witness=n)
@@ -2674,28 +2642,27 @@ class TestMemoryStore:
             assert 0 < left - len(store) <= 8
         assert len(Witness.saw) == 5000
 
-    @contextlib.contextmanager
-    def traced(self):
-        """A list that has the bytes afterwards that were allocated meanwhile, and still are."""
-        used = []
+    def allocated(self, work, *args):
+        """How many bytes *work* allocates that are still there afterwards."""
         gc.collect()
         tracemalloc.start()
         try:
-            yield used
+            work(*args)
             gc.collect()
-            used.append(tracemalloc.get_traced_memory()[0])
+            return tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
 
     @CPYTHON
     def test_a_session_with_a_counter_takes_less_than_850_bytes(self, store):
-        with self.traced() as used:
-            for _ in range(20_000):
+        def come(visitors):
+            for _ in range(visitors):
                 session = store.create(1800, 43200)
                 ICounter(session).hits += 1
                 store.save(session)
+
         limit = 850 if sys.version_info >= (3, 11) else 900  # objects became smaller
-        assert used[0] / 20_000 < limit
+        assert self.allocated(come, 20_000) / 20_000 < limit
 
     @pytest.mark.parametrize("limit", [1000, float("inf")])
     @CPYTHON
@@ -2717,10 +2684,8 @@ class TestMemoryStore:
 
         uid = new_session(store, limit, limit, foo=1).uid
         use(1500)
-        with self.traced() as used:
-            use(3000)
+        assert self.allocated(use, 3000) < 150_000
         assert len(store) == 1
-        assert used[0] < 150_000
 
 
 # Persistent stores: places for records
