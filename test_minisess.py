@@ -1307,7 +1307,7 @@ class Background(threading.Thread):
 
 
 class Guest(Browser):
-    """A browser whose requests do with their session what the test says."""
+    """A browser whose requests do with their session what the test says; `was_told` is the last Set-Cookie, or None."""
 
     def __init__(self, store, cookies=(), **options):
         steps = [lambda environ: environ["test.work"](environ), lambda environ: environ.get("test.status", "200 OK")]
@@ -1317,6 +1317,7 @@ class Guest(Browser):
         """A request that calls ``work(ISession(environ))``; its answer."""
         answers = []
         self.response = self.request(**{"test.work": lambda environ: answers.append(work(find(environ))), **more})
+        self.was_told = self.response["Set-Cookie"]
         return answers[0]
 
     def stream(self, work, find=ISession):
@@ -1335,21 +1336,14 @@ class Guest(Browser):
     def sid(self):
         return self.cookies.get("sid")
 
-    @property
-    def was_told(self):
-        """The Set-Cookie header of the last response, or None."""
-        return self.response["Set-Cookie"]
 
-
-@contextlib.contextmanager
+@pytest.fixture
 def often_switching():
     """Threads take turns after a few instructions already."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    yield
+    sys.setswitchinterval(before)
 
 
 class StoreContract:
@@ -1493,13 +1487,7 @@ class StoreContract:
                 with visit(store, session.uid) as session:
                     session.notifyOnExpire(getattr(IWitness(session), name))
         clock.advance(LIFETIME if ender in ("sweep", "request") else 0)
-        ends = [
-            store.sweep,
-            lambda: store.expireAll("ann"),
-            store.clear,
-            session.expire,
-            lambda: new_session(store, n=1),
-        ]
+        ends = store.sweep, lambda: store.expireAll("ann"), store.clear, session.expire, lambda: new_session(store, n=1)
         end = ends["sweep expireAll clear expire request".split().index(ender)]
         # An Exception is logged; a SystemExit is nothing to a request that only happens to pay for the sweep, either.
         spared = error is ZeroDivisionError or (error is SystemExit and ender == "request")
@@ -1533,7 +1521,7 @@ class StoreContract:
         assert said[2:] == [("ended", "ann", "logout"), ("lost", None, None)]
         assert caplog.records[-1].levelname == "WARNING" and made.uid not in caplog.text
 
-    def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock):
+    def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock, often_switching):
         uids = [new_session(store, witness=n, owner="ann" if n < 20 else None).uid for n in range(40)]
         start = threading.Barrier(4, timeout=20)
 
@@ -1549,9 +1537,8 @@ class StoreContract:
             store.sweep()
             return [store.open(uid) for uid in uids]
 
-        with often_switching():
-            stores = [store, self.elsewhere(store), self.elsewhere(store), store]
-            assert at_once(*(functools.partial(end, each) for each in stores)) == [[None] * 40] * 4
+        stores = [store, self.elsewhere(store), self.elsewhere(store), store]
+        assert at_once(*(functools.partial(end, each) for each in stores)) == [[None] * 40] * 4
         assert (sorted(Witness.saw), len(store)) == (list(range(40)), 0)
 
     def test_sessions_and_expireAll_are_about_one_owner_and_clear_ends_everybodys(self, store, caplog):
@@ -2278,7 +2265,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     assert store_of_kind.clear() == 4
 
 
-def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(store_of_kind):
+def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(store_of_kind, often_switching):
     def help_out(environ):
         go.wait(5)
         with contextlib.suppress(SessionError):
@@ -2290,18 +2277,17 @@ def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(st
     for _ in range(60):
         uid = new_session(store_of_kind, witness="w").uid
         environ = Browser(None, cookies={"sid": uid}).environ()
-        with often_switching():
-            go.clear()
-            threading.Timer(random.uniform(0, 0.0005), go.set).start()
-            application(environ, lambda *_: None)
-            helpers.pop().result()
+        go.clear()
+        threading.Timer(random.uniform(0, 0.0005), go.set).start()
+        application(environ, lambda *_: None)
+        helpers.pop().result()
         assert store_of_kind.open(uid, patience=0) is not None  # though the server keeps the environ
     del environ
     store_of_kind.clock.advance(1000)
     assert store_of_kind.sweep() == 60
 
 
-def test_helper_threads_of_one_request_share_its_session(store_of_kind):
+def test_helper_threads_of_one_request_share_its_session(store_of_kind, often_switching):
     def work(environ):
         sessions = at_once(*[lambda: start.wait(10) and None or ISession(environ)] * 4)
         sessions[0].bar = 2
@@ -2309,9 +2295,8 @@ def test_helper_threads_of_one_request_share_its_session(store_of_kind):
 
     guest, start = Guest(store_of_kind, patience=0), threading.Barrier(4)
     guest.do(put(foo=1))
-    with often_switching():
-        for _ in range(20):
-            assert guest.do(work, find=lambda environ: environ) == [True] * 4
+    for _ in range(20):
+        assert guest.do(work, find=lambda environ: environ) == [True] * 4
     assert guest.do(lambda session: session.bar) == 2
 
 
@@ -2411,7 +2396,7 @@ class TestMemoryStore:
         at_once(*[requests] * 16)
         assert ICounter(store.open(uid)).hits == 8000
 
-    @pytest.mark.parametrize("before", [ICounter, Session.release, Session.touch], ids=["used", "released", "touched"])
+    @pytest.mark.parametrize("before", [ICounter, Session.release, Session.touch])
     @pytest.mark.parametrize("most", [0, 1, 3])
     def test_a_session_is_let_go_by_whatever_thread_reads_the_body_to_its_end_or_closes_it(self, store, before, most):
         def read():
@@ -2534,18 +2519,17 @@ class TestMemoryStore:
         assert (store.peek(other).n, len(store)) == (4, 4)
         assert seen == [(1, None), (2, None), (3, None)]
 
-    def test_callbacks_registered_by_many_threads_all_run(self, store):
+    def test_callbacks_registered_by_many_threads_all_run(self, store, often_switching):
         def register():
             for _ in range(200):
                 session.notifyOnExpire(lambda: count.append(1))
 
         session, count = new_session(store, foo=1), []
-        with often_switching():
-            at_once(*[register] * 6)
+        at_once(*[register] * 6)
         session.expire()
         assert len(count) == 1200
 
-    def test_in_the_end_nothing_is_held_lost_or_forgotten(self, clock):
+    def test_in_the_end_nothing_is_held_lost_or_forgotten(self, clock, often_switching):
         """Threads do what they can to get in each other's way; then all that lives is free, and all ends once."""
 
         def trouble(seed):
@@ -2570,8 +2554,7 @@ class TestMemoryStore:
                     store.save(session)
 
         store, uids, names = MemoryStore(clock=clock, capacity=12), [], itertools.count()
-        with often_switching():
-            at_once(*(functools.partial(trouble, seed) for seed in range(6)))
+        at_once(*(functools.partial(trouble, seed) for seed in range(6)))
         for uid in uids:
             if isinstance(session := store.open(uid, patience=0), Session):
                 store.save(session)
