@@ -1369,20 +1369,14 @@ class StoreContract:
 
     # What is stored
 
-    def test_it_goes_by_its_clock_and_gives_no_uid_twice_and_opens_none_that_it_never_gave(self, store, clock):
-        assert (IStore(store), store.clock(), len(store)) == (store, clock.now, 0)
-        uids = {store.create(LIFETIME, MAX_LIFETIME).uid for _ in range(100)}
-        assert [bool(re.fullmatch(UID, uid)) for uid in uids] == [True] * 100
-        new_session(store, foo=1)
-        for uid in ("", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43):
-            assert store.open(uid) is store.peek(uid) is None
-        assert len(store) == 1
-
-    def test_looking_at_a_session_stores_nothing_and_anything_that_is_on_it_is_stored(self, store, register):
+    def test_it_keeps_what_holds_anything_goes_by_its_clock_and_opens_no_uid_that_it_never_gave(
+        self, store, clock, register
+    ):
         class Passing(Adapter):
             temporaryAdapter = True
 
         session = store.create(LIFETIME, MAX_LIFETIME)
+        assert (IStore(store), store.clock(), bool(re.fullmatch(UID, session.uid))) == (store, clock.now, True)
         assert "foo" not in session and getattr(session, "foo", None) is None
         assert ICurrentUser not in session and ICurrentUser(session, None) is session.getComponent(ICurrentUser) is None
         register(Passing, Session, ICurrentUser)
@@ -1398,6 +1392,9 @@ class StoreContract:
             assert len(store) == stored  # not before it is saved
             store.save(session)
             assert (len(store), lives(store, session.uid)) == (stored + 1, True)
+        for uid in ("", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43):
+            assert store.open(uid) is store.peek(uid) is None
+        assert len(store) == 4
 
     # Expiry
 
@@ -1656,18 +1653,16 @@ class StoreContract:
     # Holding
 
     def test_who_came_first_is_served_first(self, store):
-        def wait(number):
+        def wait():
             with visit(store, uid):
-                served.append(number)
+                return next(turns)
 
-        uid, served, waiting = new_session(store, n=0).uid, [], []
+        uid, turns, waiting = new_session(store, n=0).uid, itertools.count(), []
         with visit(store, uid):
-            for number in range(6):
-                waiting.append(Background(wait, number))
+            for _ in range(6):
+                waiting.append(Background(wait))
                 assert waiting[-1].is_stuck()
-        for thread in waiting:
-            thread.result()
-        assert served == list(range(6))
+        assert [thread.result() for thread in waiting] == list(range(6))
 
     @pytest.mark.parametrize("end", [RENEW, LOG_IN, EXPIRE], ids=["renew", "login", "expire"])
     def test_who_waits_for_an_id_that_dies_gets_nothing(self, store, end):
@@ -2078,8 +2073,7 @@ class RandomWalk:
         session, model, seen, uid = self.late.pop(self.random.randrange(len(self.late)))
         alive = self.live.get(uid) is model
         session.n = -next(self.names)  # never seen before
-        if "more" in session:
-            del session.more
+        vars(session).pop("more", None)
         with pytest.raises(SessionConflict) if alive and self.contents(model) != seen else contextlib.nullcontext():
             self.store.save(session)
             if alive:
@@ -2103,9 +2097,8 @@ class RandomWalk:
         self.kill(uid)
 
     def expire_all(self):
-        owner, keep = self.random.choice(["ann", "bob", "eve"]), None
-        if self.flights and self.random.random() < 0.5:
-            keep = self.random.choice(self.flights)[0]
+        owner = self.random.choice(["ann", "bob", "eve"])
+        keep = self.random.choice(self.flights)[0] if self.flights and self.random.random() < 0.5 else None
         theirs = [uid for uid, model in self.live.items() if model["owner"] == owner and not (keep and uid == keep.uid)]
         due = [model for model in self.due.values() if model["owner"] == owner]
         assert self.other.expireAll(owner, keep=keep) == len(theirs) + len(due)
@@ -2331,8 +2324,7 @@ def test_1000_requests_that_wait_for_one_session_cost_those_of_others_nothing():
     time.sleep(0.5)  # all have looked in vain, and wait
     assert sorted(some() for _ in range(60))[30] < 2 * before
     store.save(mine)
-    for thread in threads:
-        thread.result()
+    assert [thread.result() for thread in threads] == [None] * 1000
     assert store.open(crowded).n == 1000
 
 
@@ -2354,8 +2346,7 @@ def test_32_who_wait_ask_the_database_no_more_than_150_times_a_second_together(p
     time.sleep(1)
     rate = (len(asked) - before) / (time.monotonic() - start)
     other.save(theirs)
-    for thread in threads:
-        thread.result()
+    assert [thread.result() for thread in threads] == [None] * 32
     assert 0 < rate <= 150
     assert store.open(uid).n == 32
 
