@@ -1908,7 +1908,7 @@ class RandomWalk:
         while self.flights:
             self.finish()
         self.clock.advance(1000)
-        self.judge()
+        self.check()
         self.sweep()
         self.check()
         assert len(self.store) == 0
@@ -1916,14 +1916,12 @@ class RandomWalk:
     def deadline(self, model):
         return min(model["lastModified"] + model["lifetime"], model["since"] + model["max_lifetime"])
 
-    def judge(self):
-        """Put those aside whose time is up, but not while they are held."""
+    def check(self):
+        """Put those aside whose time is up, but not while they are held; all that have ended are known."""
         for uid, model in list(self.live.items()):
             if self.clock.now >= self.deadline(model) and not self.in_flight(model):
                 self.due[model["name"]] = self.live.pop(uid)
                 self.dead.append(uid)
-
-    def check(self):
         self.ended += [name for name in Witness.saw if self.due.pop(name, None)]
         assert sorted(Witness.saw) == sorted(self.ended)
         assert len(self.store) == len(self.live) + len(self.due)
@@ -1984,7 +1982,6 @@ class RandomWalk:
         while self.flights and self.clock.now + seconds - self.flights[0][2] > 20:
             self.finish(0)
         self.clock.advance(seconds)
-        self.judge()
 
     def open(self, uid, patience=0):
         """Open *uid* (or just look), and see that it is as it should be; answers the session and its model, or None."""
@@ -2043,7 +2040,6 @@ class RandomWalk:
         if alive:
             model["lastModified"] = self.clock.now
             self.late = [*self.late[-9:], (session, model, self.contents(model), session.uid)]
-        self.judge()
 
     def move(self, session, model, owner):
         """Renew a session, or log *owner* in; answers its model from then on."""
