@@ -1089,8 +1089,8 @@ def test_type_checkers_see_the_promised_types(tool, tmp_path):
 
 LIFETIME, MAX_LIFETIME = 10, 100  # seconds; idle well below the lease of persistent stores
 MOVED = minisess.MOVED
-RENEW, LOGIN, EXPIRE = (operator.methodcaller(*call) for call in (["renew"], ["login", "ann"], ["expire"]))
-MOVES = pytest.mark.parametrize("move", [RENEW, LOGIN], ids=["renew", "login"])
+RENEW, LOG_IN, EXPIRE = (operator.methodcaller(*call) for call in (["renew"], ["login", "ann"], ["expire"]))
+MOVES = pytest.mark.parametrize("move", [RENEW, LOG_IN], ids=["renew", "login"])
 
 
 class IWitness(Interface): ...
@@ -1184,7 +1184,7 @@ class Background(threading.Thread):
 
 
 class Guest(Browser):
-    """A browser whose requests do with their session what the test says."""
+    """A browser whose requests do with their session what the test says; `was_told` is the last Set-Cookie, or None."""
 
     def __init__(self, store, cookies=(), **options):
         steps = [lambda environ: environ["test.work"](environ), lambda environ: environ.get("test.status", "200 OK")]
@@ -1194,6 +1194,7 @@ class Guest(Browser):
         """A request that calls ``work(ISession(environ))``; its answer."""
         answers = []
         self.response = self.request(**{"test.work": lambda environ: answers.append(work(find(environ))), **more})
+        self.was_told = self.response["Set-Cookie"]
         return answers[0]
 
     def stream(self, work, find=ISession):
@@ -1212,21 +1213,14 @@ class Guest(Browser):
     def sid(self):
         return self.cookies.get("sid")
 
-    @property
-    def was_told(self):
-        """The Set-Cookie header of the last response, or None."""
-        return self.response["Set-Cookie"]
 
-
-@contextlib.contextmanager
+@pytest.fixture
 def often_switching():
     """Threads take turns after a few instructions already."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+    yield
+    sys.setswitchinterval(before)
 
 
 class StoreContract:
@@ -1252,20 +1246,12 @@ class StoreContract:
 
     # What is stored
 
-    def test_it_goes_by_its_clock_and_gives_no_uid_twice_and_opens_none_that_it_never_gave(self, store, clock):
-        assert (IStore(store), store.clock(), len(store)) == (store, clock.now, 0)
-        uids = {store.create(LIFETIME, MAX_LIFETIME).uid for _ in range(100)}
-        assert [bool(re.fullmatch(UID, uid)) for uid in uids] == [True] * 100
-        new_session(store, foo=1)
-        for uid in ("", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43):
-            assert store.open(uid) is store.peek(uid) is None
-        assert len(store) == 1
-
-    def test_looking_at_a_session_stores_nothing(self, store, register):
+    def test_it_keeps_sessions_that_hold_anything_and_opens_no_uid_that_it_never_gave(self, store, clock, register):
         class Passing(Adapter):
             temporaryAdapter = True
 
         session = store.create(LIFETIME, MAX_LIFETIME)
+        assert (IStore(store), store.clock(), bool(re.fullmatch(UID, session.uid))) == (store, clock.now, True)
         assert "foo" not in session and getattr(session, "foo", None) is None
         assert ICurrentUser not in session and ICurrentUser(session, None) is session.getComponent(ICurrentUser) is None
         register(Passing, Session, ICurrentUser)
@@ -1275,48 +1261,44 @@ class StoreContract:
         session.renew()
         store.save(session)
         assert (len(store), store.open(session.uid)) == (0, None)
-
-    @pytest.mark.parametrize(
-        "use",
-        [put(foo=None), lambda s: s.setComponent(ICurrentUser, 0), ICounter, LOGIN],
-        ids=["attribute", "component", "adapted", "owner"],
-    )
-    def test_a_session_that_holds_anything_is_stored(self, store, use):
-        session = store.create(LIFETIME, MAX_LIFETIME)
-        use(session)
-        assert len(store) == 0  # not before it is saved
-        store.save(session)
-        assert (len(store), lives(store, session.uid)) == (1, True)
+        for stored, use in enumerate([put(foo=None), lambda s: s.setComponent(ICurrentUser, 0), ICounter, LOG_IN]):
+            session = store.create(LIFETIME, MAX_LIFETIME)
+            use(session)
+            assert len(store) == stored  # not before it is saved
+            store.save(session)
+            assert (len(store), lives(store, session.uid)) == (stored + 1, True)
+        for uid in ("", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43):
+            assert store.open(uid) is store.peek(uid) is None
+        assert len(store) == 4
 
     # Expiry
 
+    # What the random walk hasn't: the first and the last moment, and limits that are none or long.
     @pytest.mark.parametrize(
-        ("limits", "steps", "end"),
+        ("limits", "steps", "end", "reason"),
         [
-            ((10, 100), [], 10),
-            ((10, 25), [(put(n=1), 8), (put(n=2), 16), (lambda s: s.touch(), 24)], 25),
-            ((10, 100), [(put(n=1), 9), (put(n=2), 18), (put(n=3), 27)], 37),
-            ((10, 100), [("look", 1), ("look", 9)], 19),
-            ((10, 100), [(lambda s: s.setLifetime(3), 5)], 8),
-            ((10, 100), [(lambda s: s.setLifetime(20), 5)], 25),
-            ((10, 100), [(lambda s: s.setLifetime(None), 5)], 100),
-            ((10, 100), [(lambda s: s.release() or s.setLifetime(3), 5)], 8),
-            ((10, float("inf")), [(lambda s: s.setLifetime(None), 5), (put(n=1), 90)], None),
-            ((10, 15), [(RENEW, 9)], 15),
-            ((10, 15), [(LOGIN, 9), (put(n=1), 18)], 24),
-            ((10, 15), [(lambda s: s.login("ann", remember=30), 9), (RENEW, 20), (put(n=1), 30)], 39),
-            ((10, 70), [(lambda s: s.login("ann", remember=30), 9), (LOGIN, 20)], 30),
-            ((10, 15), [(lambda s: s.login("ann", remember=30), 5), (LOGIN, 20), (put(n=1), 28)], 35),
-            ((10, 15), [(put(n=1), 16)], 16),  # it outlasts its deadline, and is the last
+            ((10, 100), [], 10, "idle"),
+            ((10, 25), [(put(n=1), 8), (put(n=2), 16), (lambda s: s.touch(), 24)], 25, "absolute"),
+            ((10, 100), [("look", 1), ("look", 9)], 19, "idle"),
+            ((10, 100), [(lambda s: s.setLifetime(None), 5)], 100, "absolute"),
+            ((10, 100), [(lambda s: s.release() or s.setLifetime(3), 5)], 8, "idle"),
+            ((10, float("inf")), [(lambda s: s.setLifetime(None), 5), (put(n=1), 90)], None, ""),
+            ((10, 15), [(lambda s: s.login("ann", remember=30), 9), (RENEW, 20), (put(n=1), 30)], 39, "absolute"),
+            ((10, 70), [(lambda s: s.login("ann", remember=30), 9), (LOG_IN, 20)], 30, "idle"),
+            ((10, 15), [(lambda s: s.login("ann", remember=30), 5), (LOG_IN, 20), (put(n=1), 28)], 35, "absolute"),
+            ((10, 15), [(put(n=1), 16)], 16, "absolute"),  # it outlasts its deadline, and is the last
+            # The clock steps back and forth.
+            ((50, 90), [step for t in (-40, 0, 40, 0) for step in (("look", t), (put(n=t), t))], 50, "idle"),
         ],
     )
-    def test_it_ends_exactly_at_its_deadline_and_not_before(self, store, clock, limits, steps, end):
+    def test_it_ends_exactly_at_its_deadline_and_not_before(self, store, clock, limits, steps, end, reason, caplog):
         """*steps*: what a request does, and when."""
+        caplog.set_level(logging.INFO, "minisess")
         uid, start = new_session(store, *limits, witness="w").uid, clock.now
         for work, when in steps:
             if work == "look":
                 clock.now = start + when
-                assert lives(store, uid)
+                assert (store.sweep(), lives(store, uid)) == (0, True)
                 continue
             with visit(store, uid) as session:
                 clock.now = start + when
@@ -1332,12 +1314,14 @@ class StoreContract:
         clock.now = start + end
         assert store.peek(uid) is store.open(uid) is None
         assert (Witness.saw, len(store)) == (["w"], 0)
+        assert [r.reason for r in caplog.records if r.event == "ended"] == [reason]
 
-    def test_the_expired_are_gone_though_many_are_due_before_them_and_many_others_were_used(self, store, clock):
+    def test_the_expired_are_gone_though_many_are_due_before_them_and_many_others_were_used(self, store, clock, caplog):
+        caplog.set_level(logging.INFO, "minisess")
         used = [new_session(store, n=n).uid for n in range(60)]
         clock.advance(1)
         limits = (LIFETIME, 1000), (1000, LIFETIME)
-        expired = [new_session(store, *limits[n % 2], witness=n).uid for n in range(60)]
+        expired = [new_session(store, *limits[n % 3 > 1], witness=n).uid for n in range(60)]
         clock.advance(LIFETIME - 2)
         for uid in used:
             store.save(store.open(uid))
@@ -1346,6 +1330,7 @@ class StoreContract:
         already = sorted(Witness.saw)
         assert already[-2:] == [58, 59]
         assert (store.sweep(), sorted(Witness.saw)) == (60 - len(already), list(range(60)))
+        assert sorted(r.reason for r in caplog.records if r.event == "ended") == ["absolute"] * 20 + ["idle"] * 40
         clock.advance(LIFETIME - 2)
         assert (store.sweep(), len(store)) == (60, 0)
 
@@ -1362,38 +1347,25 @@ class StoreContract:
         assert sorted(Witness.saw) == list(range(40))
         assert len(store) == (31 if ahead else 30)
 
-    def test_a_clock_that_steps_back_and_forth_loses_no_session_that_isnt_over(self, store, clock):
-        uid = new_session(store, 10800, 86400, foo=1).uid
-        for step in (-3600, 3600, 3600, -3600):
-            clock.advance(step)
-            store.sweep()
-            with visit(store, uid):
-                new_session(store, 10800, 86400, foo=1)
-        assert len(store) == 5
-
     @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
-    @pytest.mark.parametrize("ender", ["sweep", "expireAll", "clear", "expire", "a request"])
-    def test_callbacks_run_once_and_in_order_whatever_one_of_them_raises(
-        self, store, clock, ender, error, monkeypatch, caplog
-    ):
+    @pytest.mark.parametrize("ender", "sweep expireAll clear expire request".split())
+    def test_callbacks_run_once_and_in_order_whatever_one_raises(self, store, clock, ender, error, monkeypatch, caplog):
         monkeypatch.setattr(Witness, "error", error)
         for n in range(4):
             session = new_session(store, witness=n, owner="ann")
             for name in ("fail", "ended_too", "ended"):
                 with visit(store, session.uid) as session:
                     session.notifyOnExpire(getattr(IWitness(session), name))
-        clock.advance(LIFETIME if ender in ("sweep", "a request") else 0)
-        end = {
-            "sweep": store.sweep, "expireAll": lambda: store.expireAll("ann"), "clear": store.clear,
-            "expire": session.expire, "a request": lambda: new_session(store, foo=1),
-        }[ender]  # fmt: skip
+        clock.advance(LIFETIME if ender in ("sweep", "request") else 0)
+        ends = store.sweep, lambda: store.expireAll("ann"), store.clear, session.expire, lambda: new_session(store, n=1)
+        end = ends["sweep expireAll clear expire request".split().index(ender)]
         # An Exception is logged; a SystemExit is nothing to a request that only happens to pay for the sweep, either.
-        spared = error is ZeroDivisionError or (error is SystemExit and ender == "a request")
+        spared = error is ZeroDivisionError or (error is SystemExit and ender == "request")
         with contextlib.nullcontext() if spared else pytest.raises(error, match="on purpose"):
             for _ in range(4):
                 end()
         ended = Witness.saw[::3]
-        assert len(ended) == len(set(ended)) == {"expire": 1, "a request": len(ended) or 1}.get(ender, 4)
+        assert len(ended) == len(set(ended)) == {"expire": 1, "request": len(ended) or 1}.get(ender, 4)
         assert Witness.saw == [name for n in ended for name in (n, f"{n} too", n)]
         failed = [record for record in caplog.records if record.levelname == "ERROR"]
         assert [(r.name, r.event, r.exc_info[0]) for r in failed] == [("minisess", "failed", error)] * len(ended)
@@ -1403,19 +1375,23 @@ class StoreContract:
 
     @pytest.mark.parametrize("by", ["itself", "another request"])
     def test_expire_ends_it_at_once_and_what_its_request_does_afterwards_is_lost(self, store, by, caplog):
-        uid, other = new_session(store, witness="w").uid, new_session(store, foo=1).uid
-        mine = store.open(uid)
-        (mine if by == "itself" else store.peek(uid)).expire()
-        assert (Witness.saw, len(store), store.open(uid), lives(store, other)) == (["w"], 1, None, True)
+        caplog.set_level(logging.INFO, "minisess")
+        made, other = new_session(store, witness="w", owner="ann"), new_session(store, foo=1)
+        mine = store.open(made.uid)
+        (mine if by == "itself" else store.peek(made.uid)).expire()
+        assert (Witness.saw, len(store), store.open(made.uid), lives(store, other.uid)) == (["w"], 1, None, True)
         if by == "itself":
             assert mine.ended and vars(mine) == {} and IWitness not in mine
         mine.foo = 1
         mine.setComponent(ICurrentUser, 1)
         store.save(mine)
-        assert [(r.event, r.session) for r in caplog.records if r.levelname == "WARNING"] == [("lost", mine.handle)]
-        assert (Witness.saw, len(store), store.open(uid), uid in caplog.text) == (["w"], 1, None, False)
+        assert (Witness.saw, len(store), store.open(made.uid)) == (["w"], 1, None)
+        said = [(r.event, r.owner, r.reason) for r in caplog.records if r.session == made.handle]
+        assert said[:2] == [("login", "ann", None), ("created", "ann", None)]
+        assert said[2:] == [("ended", "ann", "logout"), ("lost", None, None)]
+        assert caplog.records[-1].levelname == "WARNING" and made.uid not in caplog.text
 
-    def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock):
+    def test_many_who_end_sessions_at_once_end_each_one_once(self, store, clock, often_switching):
         uids = [new_session(store, witness=n, owner="ann" if n < 20 else None).uid for n in range(40)]
         start = threading.Barrier(4, timeout=20)
 
@@ -1431,21 +1407,20 @@ class StoreContract:
             store.sweep()
             return [store.open(uid) for uid in uids]
 
-        with often_switching():
-            stores = [store, self.elsewhere(store), self.elsewhere(store), store]
-            assert at_once(*(functools.partial(end, each) for each in stores)) == [[None] * 40] * 4
+        stores = [store, self.elsewhere(store), self.elsewhere(store), store]
+        assert at_once(*(functools.partial(end, each) for each in stores)) == [[None] * 40] * 4
         assert (sorted(Witness.saw), len(store)) == (list(range(40)), 0)
 
-    def test_sessions_and_expireAll_are_about_one_owner_and_clear_ends_everybodys(self, store):
+    def test_sessions_and_expireAll_are_about_one_owner_and_clear_ends_everybodys(self, store, caplog):
+        caplog.set_level(logging.INFO, "minisess")
         for n in range(30):
             new_session(store, witness=n, owner=[None, "ann", "bob"][n % 3])
         for _ in range(1000):
             new_session(store, owner="eve")
         mine = store.open(new_session(store, witness=30, owner="eve").uid)
-        for nobody in (None, "", 7):
-            for refused in (store.expireAll, store.sessions):
-                with pytest.raises(TypeError, match="clear"):
-                    refused(nobody)
+        for nobody, refused in itertools.product((None, "", 7), (store.expireAll, store.sessions)):
+            with pytest.raises(TypeError, match="clear"):
+                refused(nobody)
         start = time.perf_counter()
         assert len(store.sessions("eve")) == 1001
         assert time.perf_counter() - start < 1
@@ -1454,6 +1429,7 @@ class StoreContract:
         mine.foo = 1
         store.save(mine)
         assert (len(store), store.sessions("ann"), store.clear()) == (0, [], 0)
+        assert [r.reason for r in caplog.records if r.event == "ended"] == ["all"] * 1031
 
     def test_expireAll_isnt_escaped_by_renewing_in_a_loop(self, store):
         def thief(uid):
@@ -1464,26 +1440,27 @@ class StoreContract:
                     uid = session.uid
             return uid
 
-        admin, survivors = self.elsewhere(store), []
+        admin = self.elsewhere(store)
         for _ in range(100):
             running = Background(thief, new_session(store, 1000, 10000, owner="ann").uid)
             time.sleep(random.uniform(0, 0.004))
-            if admin.expireAll("ann") != 1 or lives(admin, running.result()):
-                survivors.append(running)
-        assert (survivors, len(store)) == ([], 0)
+            assert admin.expireAll("ann") == 1 and not lives(admin, running.result())
+        assert len(store) == 0
 
     # Renewing
 
     @MOVES
-    def test_the_old_id_is_dead_at_once_and_for_60_seconds_known_to_have_moved(self, store, clock, move):
+    def test_the_old_id_is_dead_at_once_and_for_60_seconds_known_to_have_moved(self, store, clock, move, caplog):
+        caplog.set_level(logging.INFO, "minisess")
         old, here, there = new_session(store, 1000, 1000, witness="w", owner="ann").uid, store, self.elsewhere(store)
         mine = store.open(old)
         move(mine)
-        assert mine.uid != old
+        said, event = caplog.records[-1], "renewed" if move is RENEW else "login"
+        assert mine.uid != old and (said.event, said.session, said.owner) == (event, mine.handle, "ann")
         assert here.open(old) is here.peek(old) is there.open(old) is there.peek(old) is MOVED
         mine.foo = 1
         store.save(mine)
-        clock.advance(59)
+        clock.advance(59.75)
         assert store.sweep() == 0
         assert store.open(old) is store.peek(old) is MOVED and MOVED.ended is True
         self.let_a_minute_pass(store, clock, old)
@@ -1495,7 +1472,7 @@ class StoreContract:
         assert (store.expireAll("ann"), Witness.saw, len(store), store.clear()) == (1, ["w"], 0, 0)
 
     def let_a_minute_pass(self, store, clock, uid):
-        clock.advance(1)
+        clock.advance(0.25)
         store.sweep()
 
     def test_sessions_lists_an_owners_live_ones_as_last_saved_the_oldest_first(self, store, clock):
@@ -1523,9 +1500,9 @@ class StoreContract:
         for look in (other.peek(uid), *other.sessions("ann")):
             assert (look.foo, look.owner, look.handle) == (1, "ann", mine.handle)
             for change in (
-                put(bar=1), lambda s: delattr(s, "foo"), lambda s: s.setComponent(ICurrentUser, 1), RENEW, LOGIN,
-                lambda s: s.setLifetime(5), lambda s: s.release(), lambda s: s.notifyOnExpire(print),
-            ):  # fmt: skip
+                *(put(bar=1), lambda s: delattr(s, "foo"), lambda s: s.setComponent(ICurrentUser, 1), RENEW, LOG_IN),
+                *(lambda s: s.setLifetime(5), lambda s: s.release(), lambda s: s.notifyOnExpire(print)),
+            ):
                 with pytest.raises(AttributeError, match="ISession"):
                     change(look)
             assert ICounter(look).hits == 0
@@ -1537,35 +1514,30 @@ class StoreContract:
         with visit(store, uid, patience=0) as again:
             assert vars(again) == {"foo": 1} and ICounter not in again
 
-    def test_peek_answers_what_is_stored_and_after_ISession_the_requests_own_session(self, store):
+    def test_a_request_that_has_asked_for_its_session_peeks_at_that(self, store):
         def work(environ):
             look, session = minisess.peek(environ), ISession(environ)
-            session.foo = getattr(look, "foo", 0) + 1
-            again = minisess.peek(RequestWithEnviron(environ))
-            return look is not session, minisess.peek(environ) is session, again.foo
+            return look.foo, look is session, minisess.peek(RequestWithEnviron(environ)) is session
 
-        visitor = Guest(store)
-        assert visitor.do(lambda look: look, find=minisess.peek) is None
-        assert (visitor.was_told, visitor.response["Vary"], len(store)) == (None, "Cookie", 0)
-        assert [visitor.do(work, find=lambda environ: environ) for _ in range(2)] == [(True, True, 1), (True, True, 2)]
+        guest = Guest(store, {"sid": new_session(store, foo=1).uid})
+        assert guest.do(work, find=lambda environ: environ) == (1, False, True)
+        assert Guest(store).do(lambda look: look, find=minisess.peek) is None
 
     # Holding
 
     def test_who_came_first_is_served_first(self, store):
-        def wait(number):
+        def wait():
             with visit(store, uid):
-                served.append(number)
+                return next(turns)
 
-        uid, served, waiting = new_session(store, n=0).uid, [], []
+        uid, turns, waiting = new_session(store, n=0).uid, itertools.count(), []
         with visit(store, uid):
-            for number in range(6):
-                waiting.append(Background(wait, number))
+            for _ in range(6):
+                waiting.append(Background(wait))
                 assert waiting[-1].is_stuck()
-        for thread in waiting:
-            thread.result()
-        assert served == list(range(6))
+        assert [thread.result() for thread in waiting] == list(range(6))
 
-    @pytest.mark.parametrize("end", [RENEW, LOGIN, EXPIRE], ids=["renew", "login", "expire"])
+    @pytest.mark.parametrize("end", [RENEW, LOG_IN, EXPIRE], ids=["renew", "login", "expire"])
     def test_who_waits_for_an_id_that_dies_gets_nothing(self, store, end):
         uid = new_session(store, foo=1).uid
         with visit(store, uid) as mine:
@@ -1575,14 +1547,11 @@ class StoreContract:
             assert [thread.result() for thread in threads] == [None if end is EXPIRE else MOVED] * 2
 
     def test_a_session_in_use_isnt_swept_but_judged_when_it_is_let_go(self, store, clock):
-        saved, dropped = (new_session(store, witness=name).uid for name in ("saved", "dropped"))
-        one, two = store.open(saved), store.open(dropped)
+        mine = store.open(new_session(store, witness="dropped").uid)
         clock.advance(LIFETIME + 1)
-        assert (store.sweep(), len(store)) == (0, 2)
-        store.save(one)
-        store.release(two)
-        assert store.open(saved) is not None and store.open(dropped) is None
-        assert Witness.saw == ["dropped"]
+        assert (store.sweep(), Witness.saw) == (0, [])
+        store.release(mine)  # (the random walk saves)
+        assert (store.open(mine.uid), Witness.saw) == (None, ["dropped"])
 
     @CPYTHON
     def test_a_hold_ends_with_the_object_that_has_it(self, store, clock):
@@ -1637,7 +1606,7 @@ class StoreContract:
         """The attacker's requests have let go, or stream; meanwhile the victim logs in with the id it planted."""
 
         def look(session, error=None):
-            for wish in (RENEW, lambda s: s.login("mallory")):
+            for wish in (RENEW, LOG_IN):
                 with pytest.raises(SessionError, match=error):
                     wish(session)
             session.mallory = 1
@@ -1721,7 +1690,7 @@ class StoreContract:
         visitor, ids = Guest(store), []
         visitor.do(lambda session: session.setComponent(IWitness, Witness("w", session)))
         visitor.do(lambda session: session.release() or setattr(session, "late", 1))
-        for move in (LOGIN, RENEW, LOGIN):
+        for move in (LOG_IN, RENEW, LOG_IN):
             ids.append(visitor.sid)
             visitor.do(lambda session, move=move: move(IWitness(session).session))
             assert visitor.do(write) == visitor.do(lambda session: session.foo) == 7
@@ -1746,26 +1715,23 @@ class StoreContract:
             list(visitor.stream(late, find=lambda environ: environ))
         assert store.open(visitor.sid, patience=0) is not None  # though the environ is still there
 
-    # Requests that came with an id that has moved
-
-    @pytest.mark.parametrize("late", [False, True], ids=["waiting", "after the login"])
-    def test_a_parallel_request_with_the_old_id_cant_undo_a_login_but_log_in_anew(self, store, late):
+    def test_a_parallel_request_with_the_old_id_cant_undo_a_login_but_log_in_anew(self, store):
         def log_in(session):
-            if not late:
-                waiting.append(Background(parallel.do, put(seen=1)))
-                assert waiting[0].is_stuck()
+            waiting.append(Background(parallel.do, put(seen=1)))
+            assert waiting[0].is_stuck()
             session.login("ann")
 
         visitor, waiting = Guest(store), []
         visitor.do(put(basket=1))
         parallel = Guest(self.elsewhere(store), visitor.cookies)
         visitor.do(log_in)
-        (waiting[0].result() if waiting else parallel.do(put(seen=1)))
+        waiting[0].result()
         assert parallel.was_told is None
+        assert parallel.do(lambda session: put(seen=2)(session) or session.owner) is None
         assert parallel.do(lambda session: (vars(session), session.owner)) == ({}, None)
         assert parallel.was_told is None
         assert (len(store), [s.handle for s in store.sessions("ann")]) == (1, [store.peek(visitor.sid).handle])
-        parallel.do(LOGIN)
+        parallel.do(LOG_IN)
         assert parallel.was_told and parallel.sid != visitor.sid
         assert [guest.do(lambda session: session.owner) for guest in (visitor, parallel)] == ["ann", "ann"]
         assert len(store) == 2
@@ -1778,29 +1744,6 @@ class StoreContract:
         visitor.do(lambda session: session.login("eve") or put(foo=2)(session), **{"test.status": "500 Oops"})
         assert self.live or self.elsewhere(store).peek(visitor.sid).foo == 1  # (live objects have been changed already)
         assert store.open(visitor.sid, patience=0).owner == "eve"
-
-    def test_log_records_say_what_happened_to_whom_and_why(self, store, clock, caplog):
-        caplog.set_level(logging.INFO, "minisess")
-        first = new_session(store, foo=1)
-        with visit(store, first.uid) as ann:
-            ann.login("ann")
-        Guest(store, {"sid": ann.uid}).do(EXPIRE)
-        idle = new_session(store, foo=1)
-        clock.advance(LIFETIME)
-        store.sweep()
-        eve = new_session(store, owner="eve")
-        store.expireAll("eve")
-        assert [(r.event, r.session, r.owner, r.reason) for r in caplog.records] == [
-            ("created", first.handle, None, None),
-            ("login", ann.handle, "ann", None),
-            ("ended", ann.handle, "ann", "logout"),
-            ("created", idle.handle, None, None),
-            ("ended", idle.handle, None, "idle"),
-            ("login", eve.handle, "eve", None),
-            ("created", eve.handle, "eve", None),
-            ("ended", eve.handle, "eve", "all"),
-        ]
-        assert not any(session.uid in caplog.text for session in (first, ann, idle, eve))
 
     def test_a_random_walk_agrees_with_a_model(self, store, clock):
         for seed in self.seeds:
@@ -1838,24 +1781,20 @@ class RandomWalk:
         while self.flights:
             self.finish()
         self.clock.advance(1000)
-        self.judge()
+        self.check()
         self.sweep()
         self.check()
         assert len(self.store) == 0
 
-    # The model
-
     def deadline(self, model):
         return min(model["lastModified"] + model["lifetime"], model["since"] + model["max_lifetime"])
 
-    def judge(self):
-        """Put those aside whose time is up, but not while they are held."""
+    def check(self):
+        """Put those aside whose time is up, but not while they are held; all that have ended are known."""
         for uid, model in list(self.live.items()):
             if self.clock.now >= self.deadline(model) and not self.in_flight(model):
                 self.due[model["name"]] = self.live.pop(uid)
                 self.dead.append(uid)
-
-    def check(self):
         self.ended += [name for name in Witness.saw if self.due.pop(name, None)]
         assert sorted(Witness.saw) == sorted(self.ended)
         assert len(self.store) == len(self.live) + len(self.due)
@@ -1874,8 +1813,6 @@ class RandomWalk:
         """Some uid of a live session, or (rarely) another; *free*: not one in flight."""
         uids = [uid for uid, model in self.live.items() if not (free and self.in_flight(model))]
         return self.random.choice(uids if uids and self.random.random() < 0.85 else self.dead[-30:])
-
-    # The steps
 
     def fill(self, session, **fields):
         """Put on an empty session what is looked for later; answers its model."""
@@ -1918,7 +1855,6 @@ class RandomWalk:
         while self.flights and self.clock.now + seconds - self.flights[0][2] > 20:
             self.finish(0)
         self.clock.advance(seconds)
-        self.judge()
 
     def open(self, uid, patience=0):
         """Open *uid* (or just look), and see that it is as it should be; answers the session and its model, or None."""
@@ -1977,7 +1913,6 @@ class RandomWalk:
         if alive:
             model["lastModified"] = self.clock.now
             self.late = [*self.late[-9:], (session, model, self.contents(model), session.uid)]
-        self.judge()
 
     def move(self, session, model, owner):
         """Renew a session, or log *owner* in; answers its model from then on."""
@@ -2007,8 +1942,7 @@ class RandomWalk:
         session, model, seen, uid = self.late.pop(self.random.randrange(len(self.late)))
         alive = self.live.get(uid) is model
         session.n = -next(self.names)  # never seen before
-        if "more" in session:
-            del session.more
+        vars(session).pop("more", None)
         with pytest.raises(SessionConflict) if alive and self.contents(model) != seen else contextlib.nullcontext():
             self.store.save(session)
             if alive:
@@ -2032,9 +1966,8 @@ class RandomWalk:
         self.kill(uid)
 
     def expire_all(self):
-        owner, keep = self.random.choice(["ann", "bob", "eve"]), None
-        if self.flights and self.random.random() < 0.5:
-            keep = self.random.choice(self.flights)[0]
+        owner = self.random.choice(["ann", "bob", "eve"])
+        keep = self.random.choice(self.flights)[0] if self.flights and self.random.random() < 0.5 else None
         theirs = [uid for uid, model in self.live.items() if model["owner"] == owner and not (keep and uid == keep.uid)]
         due = [model for model in self.due.values() if model["owner"] == owner]
         assert self.other.expireAll(owner, keep=keep) == len(theirs) + len(due)
@@ -2046,80 +1979,50 @@ class RandomWalk:
         assert set(self.due) <= set(Witness.saw)
 
 
-class TestSession:
-    """What needs no store in particular."""
+HINTS = {"owner": "login(owner)", "lifetime": "setLifetime(seconds)", "uid": "renew()", "lastModified": "touch()"}
+OWN = [*HINTS, *"created expires ended handle authenticated expire login setComponent removeComponent".split()]
 
-    @pytest.fixture
-    def session(self):
-        return MemoryStore(clock=Clock()).create(LIFETIME, MAX_LIFETIME)
 
-    @pytest.mark.parametrize(
-        ("names", "hint"),
-        [
-            ("owner", r"session\.login\(owner\)"),
-            ("lifetime", r"session\.setLifetime\(seconds\)"),
-            ("uid", r"session\.renew\(\)"),
-            ("lastModified", r"session\.touch\(\)"),
-            ("created expires ended handle authenticated expire login setComponent removeComponent", "another name"),
-        ],
-    )
-    def test_names_of_its_own_cant_be_set_or_deleted(self, session, names, hint):
-        for name in names.split():
-            before = getattr(session, name)
-            for change in (lambda s, name=name: setattr(s, name, 1), operator.methodcaller("__delattr__", name)):
-                with pytest.raises(AttributeError, match=hint):
-                    change(session)
-            assert (getattr(session, name), vars(session)) == (before, {})
+# What a newcomer tries is at the end of this file; these are the others.
+@pytest.mark.parametrize(
+    ("use", "error", "advice"),
+    [
+        *((operator.methodcaller("__setattr__", n, 1), AttributeError, HINTS.get(n, "another name")) for n in OWN),
+        *((operator.methodcaller("__delattr__", n), AttributeError, HINTS.get(n, "another name")) for n in OWN),
+        *((operator.methodcaller("login", owner), TypeError, "an owner is a name") for owner in (None, "", 7, b"a")),
+        *(
+            (operator.methodcaller(*call, seconds), ValueError, "positive number of seconds")
+            for call in (["setLifetime"], ["login", "ann"])
+            for seconds in (0, -1, "5", True, float("nan"))
+        ),
+        *((lambda s, n=n: MemoryStore(capacity=n), ValueError, "capacity") for n in (-1, 1.5, "3")),
+        (operator.methodcaller("__delattr__", "foo"), AttributeError, "foo"),
+        (operator.attrgetter("permanent"), AttributeError, "remember="),
+    ],
+)
+def test_what_a_session_refuses_changes_nothing_and_the_error_says_what_to_do(use, error, advice):
+    session, own = MemoryStore().create(LIFETIME, MAX_LIFETIME), operator.attrgetter(*OWN)
+    before = own(session)
+    with pytest.raises(error, match=re.escape(advice)):
+        use(session)
+    assert (own(session), vars(session)) == (before, {})
 
-    @pytest.mark.parametrize(
-        ("use", "error", "advice"),
-        [
-            (lambda s: s["foo"], TypeError, r"session\.foo, not session\['foo'\]"),
-            (lambda s: operator.setitem(s, "foo", 1), TypeError, r"session\.foo"),
-            (lambda s: s.get("foo"), AttributeError, "getattr"),
-            (lambda s: delattr(s, "foo"), AttributeError, "foo"),
-            (lambda s: s.flush(), AttributeError, r"session\.expire\(\)"),
-            (lambda s: s.cycle_key(), AttributeError, r"session\.renew\(\)"),
-            (lambda s: s.save(), AttributeError, "saved by itself"),
-            (put(modified=True), AttributeError, "saved by itself"),
-            (put(permanent=True), AttributeError, "remember="),
-            (lambda s: s.permanent, AttributeError, "remember="),
-            (lambda s: s.setLifetime(MAX_LIFETIME + 1), ValueError, r"remember=.*max_lifetime="),
-            (lambda s: s.notifyOnExpire("no"), TypeError, "can't be called"),
-            *((lambda s, n=n: MemoryStore(capacity=n), ValueError, "capacity") for n in (0, -1, 1.5, "3")),
-            *(
-                (lambda s, owner=owner: s.login(owner), TypeError, "an owner is a name")
-                for owner in (None, "", 7, b"a")
-            ),
-            *(
-                (operator.methodcaller(*call), ValueError, "positive number of seconds")
-                for seconds in (0, -1, "5", True, float("nan"))
-                for call in (["setLifetime", seconds], ["login", "ann", seconds])
-            ),
-        ],
-    )
-    def test_what_people_try_is_answered_with_what_to_do(self, session, use, error, advice):
-        before = session.uid
-        with pytest.raises(error, match=advice):
-            use(session)
-        assert (session.uid, session.owner, session.lifetime, vars(session)) == (before, None, LIFETIME, {})
 
-    @pytest.mark.parametrize("options", [{"lifetime": 86400}, {"lifetime": 20, "max_lifetime": 10}])
-    def test_a_middleware_never_cuts_a_lifetime_silently(self, options):
-        with pytest.raises(ValueError, match="max_lifetime="):
-            SessionMiddleware(counter_app, **options)
-        SessionMiddleware(counter_app, **{**options, "max_lifetime": None})
-        SessionMiddleware(counter_app, lifetime=None, max_lifetime=5)
+def test_without_a_max_lifetime_a_middleware_takes_any_lifetime():
+    guest = Guest(MemoryStore(), lifetime=86400, max_lifetime=None)
+    assert guest.do(lambda session: (session.lifetime, session.max_lifetime)) == (86400, float("inf"))
 
-    def test_it_adapts_to_itself_and_its_dict_is_the_users_and_its_repr_names_no_uid(self, session):
-        put(foo=1, _bar=2)(session)
-        session.setComponent(IWitness, Witness("w"))
-        assert ISession(session) is session and isinstance(session, ISession) and GuardSession is Session
-        assert vars(session) == {"foo": 1, "_bar": 2}
-        assert repr(session) == f"<Session {session.handle}, new, keeps IWitness>"
-        session.login("ann")
-        session.release()
-        assert repr(session) == f"<Session {session.handle} of 'ann', stored, keeps IWitness>"
+
+def test_a_session_adapts_to_itself_and_its_dict_is_the_users_and_its_repr_names_no_uid():
+    session = MemoryStore().create(LIFETIME, MAX_LIFETIME)
+    put(foo=1, _bar=2)(session)
+    session.setComponent(IWitness, Witness("w"))
+    assert ISession(session) is session and isinstance(session, ISession) and GuardSession is Session
+    assert vars(session) == {"foo": 1, "_bar": 2}
+    assert repr(session) == f"<Session {session.handle}, new, keeps IWitness>"
+    session.login("ann")
+    session.release()
+    assert repr(session) == f"<Session {session.handle} of 'ann', stored, keeps IWitness>"
 
 
 # Holding
@@ -2158,8 +2061,8 @@ def interrupt_at(number, work):
         (put(n=0), put(n=1)),
         (None, put(n=1)),
         (put(n=0), RENEW),
-        (put(n=0), LOGIN),
-        (LOGIN, lambda session: session.login("bob")),
+        (put(n=0), LOG_IN),
+        (LOG_IN, lambda session: session.login("bob")),
         (put(n=0), EXPIRE),
         (put(n=0), lambda session: session.release()),
     ],
@@ -2185,10 +2088,8 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked
         if not Background(interrupt_at, number, request).result():
             break
         del request
-        try:
-            Background(afterwards, guest).result()
-        except BaseException as error:
-            raise AssertionError(f"something is held since bytecode {number}") from error
+        print("bytecode", number)  # pytest shows it if something is held since
+        Background(afterwards, guest).result()
     assert number > 100
     store_of_kind.clear()
     assert len(store_of_kind) == 0
@@ -2210,7 +2111,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     uids = [new_session(store_of_kind, 1000, 1000, foo=1).uid for _ in range(3)]
     stop, hits, start = threading.Event(), [], time.monotonic()
     threads = [Background(worker, uid) for uid in [*uids, uids[0]]]
-    while time.monotonic() < start + (3 if len(hits) > 100 else 20):
+    while time.monotonic() < start + (3 if len(hits) > 100 else 30):
         time.sleep(0.002)
         target = ctypes.c_ulong(random.choice(threads).ident)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(Interrupted))
@@ -2226,7 +2127,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     assert store_of_kind.clear() == 4
 
 
-def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(store_of_kind):
+def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(store_of_kind, often_switching):
     def help_out(environ):
         go.wait(5)
         with contextlib.suppress(SessionError):
@@ -2238,18 +2139,17 @@ def test_a_helper_thread_that_asks_while_its_request_ends_leaves_nothing_held(st
     for _ in range(60):
         uid = new_session(store_of_kind, witness="w").uid
         environ = Browser(None, cookies={"sid": uid}).environ()
-        with often_switching():
-            go.clear()
-            threading.Timer(random.uniform(0, 0.0005), go.set).start()
-            application(environ, lambda *_: None)
-            helpers.pop().result()
+        go.clear()
+        threading.Timer(random.uniform(0, 0.0005), go.set).start()
+        application(environ, lambda *_: None)
+        helpers.pop().result()
         assert store_of_kind.open(uid, patience=0) is not None  # though the server keeps the environ
     del environ
     store_of_kind.clock.advance(1000)
     assert store_of_kind.sweep() == 60
 
 
-def test_helper_threads_of_one_request_share_its_session(store_of_kind):
+def test_helper_threads_of_one_request_share_its_session(store_of_kind, often_switching):
     def work(environ):
         sessions = at_once(*[lambda: start.wait(10) and None or ISession(environ)] * 4)
         sessions[0].bar = 2
@@ -2257,9 +2157,8 @@ def test_helper_threads_of_one_request_share_its_session(store_of_kind):
 
     guest, start = Guest(store_of_kind, patience=0), threading.Barrier(4)
     guest.do(put(foo=1))
-    with often_switching():
-        for _ in range(20):
-            assert guest.do(work, find=lambda environ: environ) == [True] * 4
+    for _ in range(20):
+        assert guest.do(work, find=lambda environ: environ) == [True] * 4
     assert guest.do(lambda session: session.bar) == 2
 
 
@@ -2294,8 +2193,7 @@ def test_1000_requests_that_wait_for_one_session_cost_those_of_others_nothing():
     time.sleep(0.5)  # all have looked in vain, and wait
     assert sorted(some() for _ in range(60))[30] < 2 * before
     store.save(mine)
-    for thread in threads:
-        thread.result()
+    assert [thread.result() for thread in threads] == [None] * 1000
     assert store.open(crowded).n == 1000
 
 
@@ -2317,8 +2215,7 @@ def test_32_who_wait_ask_the_database_no_more_than_150_times_a_second_together(p
     time.sleep(1)
     rate = (len(asked) - before) / (time.monotonic() - start)
     other.save(theirs)
-    for thread in threads:
-        thread.result()
+    assert [thread.result() for thread in threads] == [None] * 32
     assert 0 < rate <= 150
     assert store.open(uid).n == 32
 
@@ -2343,8 +2240,6 @@ class TestMemoryStore:
     def store(self, clock):
         return MemoryStore(clock=clock)
 
-    # Holding
-
     def test_16_threads_count_to_8000(self, store):
         def requests():
             guest = Guest(store, {"sid": uid}, patience=25)
@@ -2361,7 +2256,7 @@ class TestMemoryStore:
         at_once(*[requests] * 16)
         assert ICounter(store.open(uid)).hits == 8000
 
-    @pytest.mark.parametrize("before", [ICounter, Session.release, Session.touch], ids=["used", "released", "touched"])
+    @pytest.mark.parametrize("before", [ICounter, Session.release, Session.touch])
     @pytest.mark.parametrize("most", [0, 1, 3])
     def test_a_session_is_let_go_by_whatever_thread_reads_the_body_to_its_end_or_closes_it(self, store, before, most):
         def read():
@@ -2406,8 +2301,6 @@ class TestMemoryStore:
         with pytest.raises(SessionBusy):
             store.open(held.uid, patience=0)
 
-    # Ending
-
     @pytest.fixture
     def without_gc(self):
         gc.collect()
@@ -2424,40 +2317,32 @@ class TestMemoryStore:
             (lambda store, uid: store.open(uid), LIFETIME),
             (lambda store, uid: store.open("A" * 43), LIFETIME),
             (lambda store, uid: store.sweep(), LIFETIME),
+            (None, 0),  # its request fails
         ],
     )
     @CPYTHON
     def test_it_ends_by_reference_counting_alone(self, clock, without_gc, end, pause):
-        store, lines = MemoryStore(clock=clock, capacity=1), []
-        session = store.create(LIFETIME, MAX_LIFETIME)
-        witness = session.witness = Witness("w", session)
-        session.attribute = session.me = session
-        session.setComponent(IWitness, witness)
-        session.setComponent(ICurrentUser, Witness(witness, session))
-        session.notifyOnExpire(witness.ended)
-        session.notifyOnExpire(lambda session=session: lines.append(session))
-        session.login("ann")
-        store.save(session)
-        uid, refs = session.uid, [weakref.ref(each) for each in (session, witness, ICurrentUser(session))]
-        del session, witness
-        assert None not in [ref() for ref in refs]
-        clock.advance(pause)
-        end(store, uid)
-        assert len(lines) == 1
-        lines.clear()
-        assert [ref() for ref in refs] == [None] * 3
+        def fill(session):
+            witness = session.witness = Witness("w", session)
+            session.attribute = session.me = session
+            session.setComponent(IWitness, witness)
+            session.setComponent(ICurrentUser, Witness(witness, session))
+            session.notifyOnExpire(witness.ended)
+            session.notifyOnExpire(lambda session=session: lines.append(session))
+            refs.extend(weakref.ref(each) for each in (session, witness, ICurrentUser(session)))
+            if end:
+                session.login("ann")
 
-    @CPYTHON
-    def test_a_failed_request_leaves_nothing_to_the_garbage_collector(self, store, without_gc):
-        def keep(environ):
-            witness = Witness("w", ISession(environ))
-            ISession(environ).setComponent(IWitness, witness)
-            refs.append(weakref.ref(witness))
-
-        refs = []
+        store, lines, refs = MemoryStore(clock=clock, capacity=1), [], []
+        guest = Guest(store, lifetime=LIFETIME)
         with contextlib.suppress(ZeroDivisionError):
-            SessionMiddleware(script(keep, ZeroDivisionError), store)(Browser(None).environ(), None)
-        assert refs[0]() is None
+            guest.do(fill, **{"test.status": "200 OK" if end else ZeroDivisionError})
+        if end:
+            clock.advance(pause)
+            end(store, guest.sid)
+            assert len(lines) == 1
+            lines.clear()
+        assert [ref() for ref in refs] == [None] * 3
 
     @CPYTHON
     def test_a_component_is_destroyed_when_no_lock_is_held(self, store):
@@ -2494,18 +2379,17 @@ class TestMemoryStore:
         assert (store.peek(other).n, len(store)) == (4, 4)
         assert seen == [(1, None), (2, None), (3, None)]
 
-    def test_callbacks_registered_by_many_threads_all_run(self, store):
+    def test_callbacks_registered_by_many_threads_all_run(self, store, often_switching):
         def register():
             for _ in range(200):
                 session.notifyOnExpire(lambda: count.append(1))
 
         session, count = new_session(store, foo=1), []
-        with often_switching():
-            at_once(*[register] * 6)
+        at_once(*[register] * 6)
         session.expire()
         assert len(count) == 1200
 
-    def test_in_the_end_nothing_is_held_lost_or_forgotten(self, clock):
+    def test_in_the_end_nothing_is_held_lost_or_forgotten(self, clock, often_switching):
         """Threads do what they can to get in each other's way; then all that lives is free, and all ends once."""
 
         def trouble(seed):
@@ -2513,6 +2397,7 @@ class TestMemoryStore:
             for _ in range(400):
                 if not uids or rng.random() < 0.2:
                     uids.append(new_session(store, witness=next(names), owner="ann").uid)
+                    assert len(store) <= 12
                     del uids[:-15]
                     continue
                 session = store.open(rng.choice(list(uids)), patience=5)
@@ -2529,16 +2414,13 @@ class TestMemoryStore:
                     store.save(session)
 
         store, uids, names = MemoryStore(clock=clock, capacity=12), [], itertools.count()
-        with often_switching():
-            at_once(*(functools.partial(trouble, seed) for seed in range(6)))
+        at_once(*(functools.partial(trouble, seed) for seed in range(6)))
         for uid in uids:
             if isinstance(session := store.open(uid, patience=0), Session):
                 store.save(session)
         clock.advance(MAX_LIFETIME)
         store.sweep()
         assert (len(store), sorted(Witness.saw)) == (0, list(range(next(names))))
-
-    # Bounds
 
     def test_past_its_capacity_expired_ones_go_first_then_those_closest_to_expiry_but_none_in_use(self, clock):
         store, uids = MemoryStore(clock=clock, capacity=5), {}
@@ -2572,14 +2454,6 @@ class TestMemoryStore:
         assert (len(store), len(Witness.saw)) == (1000, 100)  # only then owners' go, those closest to their end first
         assert set(range(5)) <= set(Witness.saw)
 
-    def test_capacity_holds_with_many_threads(self):
-        def fill():
-            return max(new_session(store, foo=1) and len(store) for _ in range(150))
-
-        store = MemoryStore(capacity=20)
-        with often_switching():
-            assert max(at_once(*[fill] * 6)) == 20
-
     def test_no_request_pays_for_many_and_in_the_end_all_are_gone(self, store, clock):
         for n in range(5000):
             new_session(store, witness=n)
@@ -2589,28 +2463,27 @@ class TestMemoryStore:
             assert 0 < left - len(store) <= 8
         assert len(Witness.saw) == 5000
 
-    @contextlib.contextmanager
-    def traced(self):
-        """A list that has the bytes afterwards that were allocated meanwhile, and still are."""
-        used = []
+    def allocated(self, work, *args):
+        """How many bytes *work* allocates that are still there afterwards."""
         gc.collect()
         tracemalloc.start()
         try:
-            yield used
+            work(*args)
             gc.collect()
-            used.append(tracemalloc.get_traced_memory()[0])
+            return tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
 
     @CPYTHON
     def test_a_session_with_a_counter_takes_less_than_850_bytes(self, store):
-        with self.traced() as used:
-            for _ in range(20_000):
+        def come(visitors):
+            for _ in range(visitors):
                 session = store.create(1800, 43200)
                 ICounter(session).hits += 1
                 store.save(session)
-        limit = 850 if sys.version_info >= (3, 11) else 900  # objects became smaller
-        assert used[0] / 20_000 < limit
+
+        # Objects became smaller with Python 3.11.
+        assert self.allocated(come, 20_000) / 20_000 < (850 if sys.version_info >= (3, 11) else 900)
 
     @pytest.mark.parametrize("limit", [1000, float("inf")])
     @CPYTHON
@@ -2632,10 +2505,8 @@ class TestMemoryStore:
 
         uid = new_session(store, limit, limit, foo=1).uid
         use(1500)
-        with self.traced() as used:
-            use(3000)
+        assert self.allocated(use, 3000) < 150_000
         assert len(store) == 1
-        assert used[0] < 150_000
 
 
 # Persistent stores: places for records
