@@ -3013,30 +3013,22 @@ def test_a_value_comes_back_equal_as_a_component_an_attribute_and_inside_others(
 
 def test_what_components_share_and_refer_to_is_the_same_object_afterwards(sqlite):
     shared, counter = [1], Box(n=0)
-    session = sqlite.create(1800, 43200)
-    session.setComponent(IKept, Box(list=shared, other=counter, session=session, again=shared))
-    session.setComponent(IOther, counter)
-    session.list, session.counter = shared, counter
-    counter.back = IKept(session)
+    counter.back = Box(list=shared, other=counter, again=shared)
     shared.append(counter)
-    sqlite.save(session)
-    again = sqlite.open(session.uid)
+    again = sqlite.open(kept(sqlite, thing=counter.back, other=counter, list=shared, counter=counter))
     thing, other = IKept(again), IOther(again)
     assert thing.list is thing.again is again.list
     assert thing.other is other is again.counter is again.list[1]
-    assert other.back is thing and thing.session is again
+    assert other.back is thing
 
 
-@pytest.mark.parametrize("order", [(IKept, IOther), (IOther, IKept)], ids=["container first", "element first"])
+@pytest.mark.parametrize("order", ["container element", "element container"])
 @pytest.mark.parametrize("make", [list, dict.fromkeys, collections.deque, Words, set], ids=lambda make: make.__name__)
 def test_a_container_and_what_is_in_it_may_refer_to_each_other(sqlite, make, order):
     element = Box()
     element.container = make([element])
-    session = sqlite.create(1800, 43200)
-    for interface in order:
-        session.setComponent(interface, element.container if interface is IKept else element)
-    sqlite.save(session)
-    again = sqlite.peek(session.uid)
+    both = {"thing": element.container, "other": element}
+    again = sqlite.peek(kept(sqlite, **both if order == "container element" else dict(reversed(both.items()))))
     assert list(IKept(again)) == [IOther(again)]
     assert IOther(again).container is IKept(again)
 
@@ -3389,13 +3381,10 @@ def test_a_store_that_has_the_methods_of_IStore_and_no_others_will_do(store_of_k
 
 # What follows is sealed with the right secret: the secret has leaked, or another application has it.
 
-TRAP = []
-
 
 def trap(*args):
     """Must never run."""
-    TRAP.append(args)
-    return []
+    trap.ran = args
 
 
 class Trapped:
@@ -3440,60 +3429,50 @@ NAMES = [
     *(f"{__name__}.Callable", f"{__name__}.trap", "", ".", "Box", f"{__name__}.Box.open_it", "datetime.datetime.now"),
     "uuid.os.system",
 ]
-SHARED = {
-    "an enum's member": made(PLANET, 2, text("EARTH")),
-    "an enum's member by its class": made(PLANET, 1, b"(G@\x17\xe1G\xae\x14z\xe1" + text("blue") + b"t"),
-    "the one object of a class": made(f"{__name__}.Single"),
-    "the session": SESSION,
-    "a plain value": b"]",
-}
-POISONS = {
-    **{f"a function, protocol {protocol}": pickle.dumps(Trapped(trap, 1), protocol) for protocol in (0, 2, 4, 5)},
-    **{f"calls {call[0].__name__}": pickle.dumps(Trapped(*call)) for call in CALLS},
-    **{f"state for {call[0].__name__}": pickle.dumps(Trapped(*call, a=1)) for call in CALLS if type(call[0]) is type},
-    **{f"makes {name} {how}": made(name, how) + b"." for name in NAMES for how in (0, 1, 2, 3, 5)},
-    **{f"sets the state of {name}": filled(shared, STATE) + b"." for name, shared in SHARED.items()},
-    **{f"builds {name}": shared + STATE + b"b." for name, shared in SHARED.items()},
-    "a dotted name": text("os") + text("path.join") + b"\x93.",
-    "a class on the old way": b"(ios\nsystem\n.",
-    "an extension": b"\x82\x01.",
-    "a persistent id of nothing here": b"Pnothing\n.",
-    "a reference to itself": b"P%s.IKept\n." % __name__.encode(),
-    "the state of the session": SESSION + b"}" + text("renew") + BOX + b"sb.",
-    "the slots of the session": SESSION + b"N}" + text("_store") + BOX + b"s\x86b.",
-    "the state of _make": b"h\0N}" + text("__code__") + b"Ns\x86b.",
-    "the class of a box": BOX + b"N}" + text("__class__") + BOX + b"s\x86b.",
-    "a call of the session": SESSION + b")R.",
-    "an item of the session": SESSION + text("a") + b"a.",
-    "a claim of 100 MB": b"B" + (100 << 20).to_bytes(4, "little") + b"x",
-    "a claim of 2**62 bytes": b"\x8e" + (1 << 62).to_bytes(8, "little") + b"x",
-    "a frame of 2**62 bytes": b"\x80\x05\x95" + (1 << 62).to_bytes(8, "little") + b"N.",
-    "a buffer from elsewhere": b"\x97.",
-    "an endless text": b"V" + b"x" * 1000,
-    "a member that there isn't": made(PLANET, 2, text("__class__")) + b".",
-    "a method of an enum": made(PLANET, 2, text("mro")) + b".",
-    "a factory that isn't declared": made("collections.defaultdict", 3, text("os.system")) + b".",
-    "no end": b"]" * 1000,
-    "nothing to answer": b".",
-    "no code at all": b"\xff\xff",
-    "no bytes": b"",
-}
+# An enum's member, and that by its class, the one object of a class, the session, a plain value.
+SHARED = [
+    *(made(PLANET, 2, text("EARTH")), made(PLANET, 1, b"(G@\x17\xe1G\xae\x14z\xe1" + text("blue") + b"t")),
+    *(made(f"{__name__}.Single"), SESSION, b"]"),
+]
+OBJECTS = [made(name, how) + b"." for name in NAMES for how in (0, 1, 2, 3, 5)]
+POISONS = [
+    *(pickle.dumps(Trapped(trap, 1), protocol) for protocol in (0, 2, 4, 5)),
+    *(pickle.dumps(Trapped(*call)) for call in CALLS),
+    *(pickle.dumps(Trapped(*call, a=1)) for call in CALLS if type(call[0]) is type),
+    *(filled(shared, STATE) + b"." for shared in SHARED),
+    *(shared + STATE + b"b." for shared in SHARED),
+    # A dotted name, a class on the old way, an extension; a persistent id of nothing here, and a reference to itself.
+    *(text("os") + text("path.join") + b"\x93.", b"(ios\nsystem\n.", b"\x82\x01."),
+    *(b"Pnothing\n.", b"P%s.IKept\n." % __name__.encode()),
+    # State and slots of the session, the state of _make, the class of a box; a call of the session, and an item.
+    *(SESSION + b"}" + text("renew") + BOX + b"sb.", SESSION + b"N}" + text("_store") + BOX + b"s\x86b."),
+    *(b"h\0N}" + text("__code__") + b"Ns\x86b.", BOX + b"N}" + text("__class__") + BOX + b"s\x86b."),
+    *(SESSION + b")R.", SESSION + text("a") + b"a."),
+    # Claims of 100 MB and of 2**62 bytes, and such a frame; a buffer from elsewhere, and an endless text.
+    *(b"B" + (100 << 20).to_bytes(4, "little") + b"x", b"\x8e" + (1 << 62).to_bytes(8, "little") + b"x"),
+    *(b"\x80\x05\x95" + (1 << 62).to_bytes(8, "little") + b"N.", b"\x97.", b"V" + b"x" * 1000),
+    # Members that an enum hasn't, a factory that isn't declared.
+    *(made(PLANET, 2, text("__class__")) + b".", made(PLANET, 2, text("mro")) + b"."),
+    made("collections.defaultdict", 3, text("os.system")) + b".",
+    # No end, nothing to answer, no code at all, no bytes.
+    *(b"]" * 1000, b".", b"\xff\xff", b""),
+]
+
+
+def abridged(value):
+    return repr(value)[:70]
 
 
 @pytest.fixture
 def nothing_runs():
     def state():
-        ours = {
-            name: dict(vars(each))
-            for name, each in vars(minisess).items()
-            if isinstance(each, (types.FunctionType, type))
-        }
-        return ours, "antigravity" in sys.modules, {**vars(Single())}, vars(Planet.EARTH).copy(), Color.RED.value
+        kinds = types.FunctionType, type
+        ours = {name: dict(vars(each)) for name, each in vars(minisess).items() if isinstance(each, kinds)}
+        return ours, "antigravity" in sys.modules, [dict(vars(e)) for e in (trap, Single(), Planet.EARTH, Color.RED)]
 
-    TRAP.clear()
     before = state()
     yield
-    assert (TRAP, state()) == ([], before)
+    assert state() == before
 
 
 def pairs(**items):
@@ -3502,10 +3481,10 @@ def pairs(**items):
     return b"".join(b"\x80\x05" + text(names.get(n, f".{n}")) + code[:-1] + b"\x86." for n, code in items.items())
 
 
-@pytest.mark.parametrize("what", POISONS)
-def test_poison_is_refused_and_nothing_run_though_the_secret_is_right(sqlite, what, nothing_runs, caplog):
+@pytest.mark.parametrize("poison", POISONS + OBJECTS, ids=abridged)
+def test_poison_is_refused_and_nothing_run_though_the_secret_is_right(sqlite, poison, nothing_runs, caplog):
     """Either the record is no session, or all else in it is there, and the poison is closed and stays so."""
-    uid, poison = kept(sqlite, thing=[1], other=[2]), POISONS[what] or b"."
+    uid, poison = kept(sqlite, thing=[1], other=[2]), poison or b"."
     forge(sqlite, uid, lambda _: pairs(other=pickle.dumps([2]), thing=poison, attribute=poison))
     session = sqlite.open(uid)
     if session is None:
@@ -3538,14 +3517,13 @@ def test_a_forged_record_makes_declared_objects_in_any_state_but_hides_no_method
 
 # Instead of the fields: other bytes, or fields of which one is wrong.
 BAD_FIELDS = [
-    *(body for name, body in POISONS.items() if not name.startswith("makes")),
-    *(pickle.dumps(5), pickle.dumps((1, 2, 3))),
+    *(*POISONS, pickle.dumps(5), pickle.dumps((1, 2, 3))),
     *({"created": "1"}, {"owner": 5}, {"authenticated": [1]}, {"callbacks": ("x",)}, {"callbacks": ((1, 2),)}),
     *({"cookie": (1, 2, 3)}, {"forgotten": ("a", "b")}, {"lifetime": 10**400}, {"lifetime": float("nan")}),
 ]
 
 
-@pytest.mark.parametrize("bad", BAD_FIELDS, ids=lambda bad: repr(bad)[:60])
+@pytest.mark.parametrize("bad", BAD_FIELDS, ids=abridged)
 def test_poisonous_fields_are_no_session_and_stop_no_sweep(place_of, bad, nothing_runs, caplog):
     clock = Clock()
     store = place_of("sqlite").store(clock=clock)
@@ -3716,18 +3694,12 @@ def test_while_the_server_is_away_requests_fail_and_afterwards_all_is_as_before(
 
 
 def test_a_full_disk_is_a_StoreError_and_loses_nothing(sqlite):
-    resource, uid = package("resource"), kept(sqlite, thing=b"small")
+    resource, guest = package("resource"), Guest(sqlite, patience=0)
 
-    def change(component):
-        session = sqlite.open(uid, patience=0)
-        before = IKept(session)
-        session.setComponent(IKept, component)
-        try:
-            sqlite.save(session)
-        finally:
-            sqlite.release(session)
-        return before
+    def change(value):
+        return guest.do(lambda session: [session.value, setattr(session, "value", value)][0])
 
+    guest.do(put(value=b"small"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
@@ -3799,20 +3771,17 @@ def counting(store, uid, change=lambda session: None):
     return None if session.ended else session.uid
 
 
+CHANGES = "touch", "renew", "login ann", "login eve", "expire"
 OPERATIONS = {
+    **{name: functools.partial(counting, change=operator.methodcaller(*name.split())) for name in CHANGES},
     "create": lambda store, uid: new_session(store, 1800, 43200, owner="ann") and None,
-    "count": counting,
     "release without saving": lambda store, uid: store.release(store.open(uid)),
-    "renew": lambda store, uid: counting(store, uid, lambda session: session.renew()),
-    "login": lambda store, uid: counting(store, uid, lambda session: session.login("ann")),
-    "login as another": lambda store, uid: counting(store, uid, lambda session: session.login("eve")),
     "setLifetime": lambda store, uid: counting(store, uid, lambda session: session.setLifetime(5)),
-    "expire": lambda store, uid: counting(store, uid, lambda session: session.expire()),
     "expireAll": lambda store, uid: store.expireAll("bob"),
     "clear": lambda store, uid: store.clear(),
     "sweep": lambda store, uid: store.clock.advance(1800) or store.sweep(),
     "peek": lambda store, uid: store.clock.advance(1000) or store.peek(uid).n,
-    "touch": lambda store, uid: store.touch(store.peek(uid)),
+    "look and touch": lambda store, uid: store.touch(store.peek(uid)),
     "sessions": lambda store, uid: len(store.sessions("bob")),
 }
 
