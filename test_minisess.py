@@ -3215,11 +3215,18 @@ def test_a_component_that_cant_be_opened_closes_no_other_of_its_class_and_can_be
     assert how == "unset" or IKept(session).new == 1
 
 
-def test_a_renamed_class_opens_under_an_alias_of_its_old_name(sqlite):
-    uid = kept(sqlite, thing=Box(n=1), other=[2])
+def test_an_interface_that_isnt_imported_keeps_its_component_and_a_renamed_class_opens_under_an_alias(sqlite):
+    uid = kept(sqlite, thing=Box(n=1), other=[1], attribute=1)
     rename(sqlite, uid, b".Box", b".Old")
+    rename(sqlite, uid, b".IOther", b".ILater")
+    with visit(sqlite, uid) as session:
+        session.attribute = 2
+        session.removeComponent(object())
     with pytest.raises(StoreError, match="Old"):
         IKept(sqlite.peek(uid))
+
+    class ILater(Interface):
+        __qualname__ = "ILater"
 
     # The recipe: an empty subclass that has the old name, and is it no more.
     @storable
@@ -3232,21 +3239,8 @@ def test_a_renamed_class_opens_under_an_alias_of_its_old_name(sqlite):
 
     with visit(sqlite, uid) as session:
         assert type(IKept(session)) is Box and IKept(session).n == 1
+        assert (ILater(session), session.attribute) == ([1], 2)
     assert b".Box" in raw_record(sqlite, uid) and b".Old" not in raw_record(sqlite, uid)
-
-
-def test_an_interface_that_isnt_imported_here_keeps_its_component(sqlite):
-    uid = kept(sqlite, other=[1], attribute=1)
-    rename(sqlite, uid, b".IOther", b".ILater")
-    with visit(sqlite, uid) as again:
-        again.attribute = 2
-        again.removeComponent(object())
-    again = sqlite.open(uid)
-
-    class ILater(Interface):
-        __qualname__ = "ILater"
-
-    assert (ILater(again), again.attribute) == ([1], 2)
 
 
 # Persistent stores: seals and what is in a record
@@ -3267,7 +3261,6 @@ def unpickled():
     sys.setprofile(None)
 
 
-# What a thief who can write to the database but doesn't know the secret may put there.
 def tampered(record, other):
     """What a thief who can write to the database but doesn't know the secret may put there."""
     yield from (b"hello", b"\0x", b"", record[:32], record[:33], record[: len(record) // 2], record[:-1])
@@ -3500,9 +3493,7 @@ def test_poison_is_refused_and_nothing_run_though_the_secret_is_right(sqlite, po
     assert IKept(again, None) is None and IKept in again and vars(again) == {}
 
 
-def test_a_forged_record_makes_declared_objects_in_any_state_but_hides_no_method_and_calls_nothing_else(
-    sqlite, nothing_runs, caplog
-):
+def test_a_forged_record_makes_declared_objects_in_any_state_but_hides_no_method(sqlite, nothing_runs, caplog):
     uid, value = kept(sqlite, thing=[1]), pickle.dumps("hides a method")
     hidden = {"good": pickle.dumps(1), "expire": value, "_record": value, "__class__": value, "__dict__": value}
     names = ["__reduce__", "__class__", "nothing", "color"]
@@ -3712,11 +3703,13 @@ def test_a_full_disk_is_a_StoreError_and_loses_nothing(sqlite):
     assert len(change(b"")) == 5_000_000
 
 
-def test_a_read_only_file_is_a_StoreError_and_loses_nothing():
+def test_an_sqlite_file_is_its_owners_only_and_an_error_names_it_if_it_is_read_only_or_was_deleted():
     error, me = r"<SQLiteStore .*/store>: \w+ failed: \w+: .*(readonly|Permission denied|unable to open)", os.geteuid()
     with tempfile.TemporaryDirectory() as folder:  # only its owner gets at tmp_path
         store = SQLiteStore(folder + "/store", secret=SECRET)
         uid = kept(store, thing=b"here")
+        rights = {path.name: oct(path.stat().st_mode & 0o777) for path in pathlib.Path(folder).iterdir()}
+        assert rights == dict.fromkeys(["store", "store-wal", "store-shm"], "0o600")
         store.close()
         os.chmod(folder, 0o555)
         os.chmod(store.path, 0o444)
@@ -3729,21 +3722,14 @@ def test_a_read_only_file_is_a_StoreError_and_loses_nothing():
             os.seteuid(me)
             os.chmod(folder, 0o755)
             os.chmod(store.path, 0o644)
-        assert IKept(store.open(uid)) == b"here"
+        assert IKept(store.open(uid)) == b"here"  # nothing is lost
+        for path in pathlib.Path(folder).iterdir():
+            path.unlink()
+        with pytest.raises(StoreError, match=f"{folder}/store was deleted"):
+            store.open(uid)
+        assert store.open(uid) is None  # in a new file
+        assert IKept(store.peek(kept(store, thing=[2]))) == [2]
         store.close()
-
-
-def test_an_sqlite_file_is_its_owners_only_and_if_it_is_deleted_an_error_names_it(tmp_path):
-    store = SQLiteStore(tmp_path / "store", secret=SECRET)
-    uid = kept(store, thing=[1])
-    rights = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
-    assert rights == dict.fromkeys(["store", "store-wal", "store-shm"], "0o600")
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with pytest.raises(StoreError, match=f"{tmp_path}/store was deleted"):
-        store.open(uid)
-    assert store.open(uid) is None  # in a new file
-    assert IKept(store.peek(kept(store, thing=[2]))) == [2]
 
 
 BAD_SECRETS = ["", "fifteen bytes..", b"", b"x" * 15, [], (), ["x" * 16, ""], None, 16, [16], (32, 32), [None], {}]
@@ -3756,11 +3742,11 @@ def test_what_a_store_cant_do_with_is_refused_at_construction(tmp_path, monkeypa
     for option, value, error, hint in refused:
         with pytest.raises(error, match=hint):
             SQLiteStore(**{"path": tmp_path / "store", "secret": SECRET, option: value})
-    with pytest.raises(ValueError, match="decode_responses"):
-        RedisStore(package("redis").Redis(decode_responses=True), secret=SECRET)
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))  # which has no RETURNING
     with pytest.raises(StoreError, match="3.35"):
         SQLiteStore(tmp_path / "store", secret=SECRET)
+    with pytest.raises(ValueError, match="decode_responses"):
+        RedisStore(package("redis").Redis(decode_responses=True), secret=SECRET)
 
 
 def counting(store, uid, change=lambda session: None):
@@ -4043,9 +4029,7 @@ def test_gunicorn_with_preload_serves_one_sqlite_store_by_three_workers(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["redis", "postgres", "sqlite"])
-def test_a_request_costs_two_round_trips_a_login_three_a_look_one_and_one_without_the_session_none(
-    place_of, kind, monkeypatch
-):
+def test_a_request_costs_two_round_trips_a_look_one_and_one_without_the_session_none(place_of, kind, monkeypatch):
     place, trips = place_of(kind), []
     store = place.store()
 
@@ -4248,29 +4232,22 @@ def test_options_that_contradict_or_could_forge_headers_are_refused_with_their_n
     assert all(word in str(caught.value) for word in words.split())
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "sent"),
-    [
-        ("Set-Cookie", ["lang=de; Path=/", "sidekick=1"], ["lang=de; Path=/", "sidekick=1"]),
-        ("Vary", [], ["Cookie"]),
-        ("Vary", ["Accept"], ["Accept, Cookie"]),
-        ("Vary", ["Accept", "Origin"], ["Accept, Origin, Cookie"]),
-        ("Vary", ["Accept, cookie"], ["Accept, cookie"]),
-        ("Vary", ["*"], ["*"]),
-        ("Vary", ["Cookies"], ["Cookies, Cookie"]),
-        ("Cache-Control", [], ['no-cache="Set-Cookie"']),
-        ("Cache-Control", ["public, max-age=60"], ['public, max-age=60, no-cache="Set-Cookie"']),
-        ("Cache-Control", ["public", "max-age=60"], ['public, max-age=60, no-cache="Set-Cookie"']),
-        ("Cache-Control", ["no-store"], ["no-store"]),
-        ("Cache-Control", ["Private, max-age=60"], ["Private, max-age=60"]),
-        ("Cache-Control", ["no-cache"], ["no-cache"]),
-        ("Cache-Control", ["max-age=0, no-cacheable"], ['max-age=0, no-cacheable, no-cache="Set-Cookie"']),
-    ],
-)
+CACHED = [], ["public, max-age=60"], ["public", "max-age=60"], ["max-age=0, no-cacheable"]
+# Headers of an application, and what is added to their values.
+HEADERS = [
+    *(("Vary", given, ", Cookie") for given in ([], ["Accept"], ["Accept", "Origin"], ["Cookies"])),
+    *(("Vary", given, "") for given in (["Accept, cookie"], ["*"])),
+    *(("Cache-Control", given, ', no-cache="Set-Cookie"') for given in CACHED),
+    *(("Cache-Control", given, "") for given in (["no-store"], ["Private, max-age=60"], ["no-cache"])),
+    ("Set-Cookie", ["lang=de; Path=/", "sidekick=1"], None),
+]
+
+
+@pytest.mark.parametrize("name, given, added", HEADERS)
 @pytest.mark.parametrize("spell", [str, str.lower])
-def test_the_applications_headers_survive_and_ours_are_there_once(name, given, sent, spell):
+def test_the_applications_headers_survive_and_ours_are_there_once(name, given, added, spell):
     headers = [("Content-Type", "text/plain"), *((spell(name), value) for value in given), ("X-Other", "1")]
-    constant = headers.copy()
+    constant, sent = headers.copy(), given if added is None else [(", ".join(given) + added).removeprefix(", ")]
 
     def app(environ, start_response):
         count(environ)
@@ -4409,16 +4386,11 @@ def test_what_happens_before_the_first_piece_of_the_body_is_saved_before_the_hea
     assert browser.get().text == "2"
 
 
-@pytest.mark.parametrize("kind", ["a list", "a tuple", "a file"])
+@pytest.mark.parametrize("kind", [list, tuple, type("ServersWrapper", (FileWrapper,), {})])
 def test_lists_tuples_and_files_reach_the_server_as_they_are(kind):
-    made = []
-
-    def app(environ, start_response):
-        made.append(ANSWERS[kind][0](environ, start_response))
-        return made[-1]
-
-    environ = Browser(None).environ(**{"wsgi.file_wrapper": type("ServersWrapper", (FileWrapper,), {})})
-    assert SessionMiddleware(app)(environ, lambda *args: None) is made[0]
+    body, wrapper = kind(io.BytesIO(b"x")), kind if issubclass(kind, FileWrapper) else FileWrapper
+    environ = Browser(None).environ(**{"wsgi.file_wrapper": wrapper})
+    assert SessionMiddleware(script("200 OK", count, lambda _: body))(environ, lambda *args: None) is body
 
 
 def test_a_request_that_never_asks_for_its_session_changes_no_header_and_asks_no_store():
@@ -4584,37 +4556,31 @@ def test_nothing_is_sent_and_the_body_is_closed_when_its_session_cannot_be_saved
     assert file.closed and browser.events == []
 
 
-def test_nested_middlewares_with_the_same_cookie_share_one_session():
-    store = MemoryStore()
+def test_nested_middlewares_with_the_same_cookie_share_a_session_and_those_with_different_ones_have_one_each():
+    def around(inner):
+        def app(environ, start_response):
+            count(environ)
+            before = ISession(environ)
+            result = inner(environ, start_response)
+            same.append(ISession(environ) is before)
+            return result
+
+        return app
+
+    store, same = MemoryStore(), []
     between = wrap(wrap(counter_app, store, patience=0), cookie="between")  # however far out the other one is
-
-    def app(environ, start_response):
-        count(environ)
-        return between(environ, start_response)
-
-    for application, per_request in [(wrap(wrap(counter_app), store), 1), (wrap(app, store), 2)]:
+    for application, cookies, text in [
+        (wrap(wrap(counter_app), store), {"sid"}, "2"),
+        (wrap(around(between), store), {"sid"}, "4"),
+        (wrap(around(wrap(counter_app, cookie="inner")), cookie="outer"), {"inner", "outer"}, "2"),
+    ]:
         browser = Browser(application)
         response = browser.get()
-        assert len(response.all("Set-Cookie")) == 1 and response.all("Vary") == ["Cookie"]
-        assert browser.get().text == str(2 * per_request)
-    assert len(store) == 2
-
-
-def test_nested_middlewares_with_different_cookies_have_a_session_each():
-    inner, same = wrap(counter_app, cookie="inner"), []
-
-    def app(environ, start_response):
-        count(environ)
-        before = ISession(environ)
-        result = inner(environ, start_response)
-        same.append(ISession(environ) is before)
-        return result
-
-    browser = Browser(wrap(app, cookie="outer"))
-    response = browser.get()
-    assert set(browser.cookies) == {"inner", "outer"} and len(response.all("Set-Cookie")) == 2
-    assert response.all("Vary") == ["Cookie"] and response.all("Cache-Control") == ['no-cache="Set-Cookie"']
-    assert browser.get().text == "2" and len(set(browser.cookies.values())) == 2 and same == [True, True]
+        assert len(response.all("Set-Cookie")) == len(cookies) and response.all("Vary") == ["Cookie"]
+        assert response.all("Cache-Control") == ['no-cache="Set-Cookie"']
+        assert (browser.get().text, set(browser.cookies)) == (text, cookies)
+        assert len(set(browser.cookies.values())) == len(cookies)
+    assert (len(store), same) == (2, [True] * 4)
 
 
 def test_a_second_try_with_the_same_environ_is_a_request_of_its_own():
@@ -4653,9 +4619,7 @@ def test_a_look_sends_no_cookie_and_finds_nothing_by_an_id_that_is_unknown_or_ha
         assert Guest(store_of_kind, cookies).do(lambda look: look, find=minisess.peek) is None
 
 
-def test_first_used_after_the_headers_a_session_is_saved_and_without_Vary_warned_about_once_a_place(
-    store_of_kind, caplog
-):
+def test_first_used_after_the_headers_a_session_is_saved_and_without_Vary_warned_about(store_of_kind, caplog):
     browser = Browser(wrap(counter_app, store_of_kind, patience=0))
     browser.get()
     here = os.path.basename(__file__)
