@@ -3374,8 +3374,6 @@ def test_a_store_that_has_the_methods_of_IStore_and_no_others_will_do(store_of_k
 
 
 # What follows is sealed with the right secret: the secret has leaked, or another application has it.
-
-
 def trap(*args):
     """Must never run."""
     trap.ran = args
@@ -3650,7 +3648,7 @@ def test_who_is_killed_loses_nothing_that_a_client_was_told(place, tmp_path):
     assert len(store) == len(uids)
 
 
-# Persistent stores: the server goes away, the disk is full
+# Persistent stores: servers that go away, full disks, drivers, forks, round trips
 # ---------------------------------------------------------------------------
 
 
@@ -3941,10 +3939,6 @@ def test_processes_that_start_at_once_make_the_table_once(place_of):
     place, start = place_of("postgres"), threading.Barrier(4, timeout=20)
     for n in range(10):
         assert at_once(*[lambda name=f"table{n}": start.wait() < 4 and len(place.store(name))] * 4) == [0] * 4
-
-
-# Persistent stores: forks and round trips
-# ---------------------------------------------------------------------------
 
 
 def test_50_forks_under_load_by_8_threads_hurt_nobody(tmp_path):
