@@ -66,7 +66,7 @@ from hashlib import blake2b
 from heapq import heapify, heappop, heappush
 from hmac import compare_digest
 from operator import attrgetter
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from weakref import ref
 
 TYPE_CHECKING = False  # As typing's, which takes 5 ms to import.
@@ -385,13 +385,15 @@ def storable(cls: type[T]) -> type[T]:
 
     Whoever knows the secret can forge records.  Such a record can construct objects of these
     classes in any state, have those methods called that pickle and callbacks call
-    (``__setstate__``, ``append``, ``__setitem__``, any without arguments), or make the process
-    fail; no other code runs, and nothing that it didn't make itself is changed.
+    (``__call__``, ``__setstate__``, ``append``, ``__setitem__``, any without arguments), or make
+    the process fail; no other code runs, and nothing that it didn't make itself is changed.
     """
     if not isinstance(cls, type):
         raise TypeError(f"storable decorates classes, {cls!r} isn't one")
     if issubclass(cls, enum.Enum):
-        # Its members are the process's: else pickle would set their attributes to what a record says.
+        # Its members are the process's: pickle must not set what is in them to what a record says.
+        if issubclass(cls, (list, dict, set, bytearray)):
+            raise TypeError(f"{cls.__name__} can't be stored: its members can be changed, and all share them")
         cls.__setstate__ = _refuse_state  # type: ignore[attr-defined]
     _storables[_name(cls)] = cls
     return cls
@@ -880,7 +882,8 @@ class Session(Componentized):
     """One request's view of a visitor's record: components, attributes and deadlines, until it ends.
 
     ``ISession(environ)`` answers it.  Fields are read-only; any other attribute that is set on a
-    session is the user's, and ``vars(session)`` shows just those.
+    session is the user's, and ``vars(session)`` shows just those.  (But for a few private ones:
+    _store, _record, _components, _token, _base, _over, _patience.)
 
     It *holds* its record from ``ISession(environ)`` to the moment the headers leave, and may do
     everything.  Afterwards, or after `release`, it may look, `expire`, and save what nobody else
@@ -1150,10 +1153,11 @@ class _Look(Session):
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in Session.__slots__ and name != "__dict__":
-            self._refuse()
+            _Look._refuse(self)
         object.__setattr__(self, name, value)
 
     def _refuse(self, *args: object, **options: object) -> Any:
+        """It is refused here: take ``ISession(environ)``."""
         raise AttributeError("this is only a look at the session: take ISession(environ) to change anything on it")
 
     __delattr__ = setComponent = unsetComponent = removeComponent = addComponent = addAdapter = setAdapter = _refuse
@@ -1486,7 +1490,8 @@ class _Writer(pickle.Pickler):
             by = getattr(cls, "__qualname__", repr(cls))
             raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
         call = (self.class_name(cls), how, *args)
-        if call[0] not in _VALUES and isinstance(cls.__new__, FunctionType) and cls.__new__(cls, *args) is obj:
+        special = not isinstance(cls.__new__, BuiltinFunctionType) and call[0] not in _VALUES
+        if special and cls.__new__(cls, *args) is cls.__new__(cls, *args):
             raise self.offence(f"the one object of class {_name(cls)}, which all share: make it an enum")
         if state is None and items is None and pairs is None:
             return _make, call
@@ -1547,10 +1552,10 @@ def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
         return cls[args[0]] if isinstance(args[0], str) and args[0] in cls.__members__ else cls(*args)
     if how == _FACTORY:
         plain = {each.__name__: each for each in _PLAIN}
-        return cls(plain.get(args[0]) or _find_class(args[0]) if args[0] else None)
+        how, args = _CALL, [plain.get(args[0]) or _find_class(args[0]) if args[0] else None]
     build: Any = cls if how == _CALL else partial(cls.__new__, cls)
     made = build(*args)
-    special = isinstance(cls.__new__, FunctionType) or type(cls).__call__ is not type.__call__
+    special = not isinstance(cls.__new__, BuiltinFunctionType) or type(cls).__call__ is not type.__call__
     if special and name not in _VALUES and build(*args) is made:  # a record may only fill what it has made
         raise SealError(f"{name} gives the same object to all who ask; only an enum may do that")
     return made
@@ -1578,6 +1583,7 @@ class _Failed(Exception):
 
 def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
     made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
+    numbers = itertools.count()
 
     # It is made anew for each reading: all that a forged record can do to it dies with it.
     def make(name: Any, how: Any, *args: Any) -> Any:
@@ -1585,9 +1591,9 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
             return fill(name, how)
         if how == _SESSION:
             return session
-        number = len(made)
+        number = next(numbers)
         try:
-            error = failed.get(number) or failed.get(name)
+            error = failed.get(number, failed.get(name))
             if error is not None:
                 raise error
             obj = _make_object(name, how, args)
@@ -1835,7 +1841,7 @@ class MemoryStore:
         if record.state is not _STORED or record.key != uid:
             self.holds.free(uid, token)
             return self._missing(uid, now)
-        if now >= record.due and now >= record.expires:  # in this order: mostly the first will do
+        if (now >= record.due or self._parked) and now >= record.expires:  # mostly the first will do
             _raise_first(self._end([record], "", now), spare=SystemExit)
             return None
         record.lastModified = now
@@ -1850,7 +1856,7 @@ class MemoryStore:
             record = self._records[uid]
         except KeyError:
             return self._missing(uid, now)
-        if now < record.due or now < record.expires:
+        if now < record.due and not self._parked or now < record.expires:
             look = _look(self, record, request)
             self._running.add(ref(look, self._running.discard))
             if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
@@ -2138,9 +2144,14 @@ class MemoryStore:
         """Take out what has to go so that there are no more than *most* (alone)."""
         evicted: list[_Record] = []
         for heap in self._heaps:
-            for _ in range(2 * len(heap)):
-                if len(self._records) > most and heap:
+            used = []
+            while heap and len(self._records) > most:
+                if self.holds.is_held(heap[0][1]):
+                    used.append(heappop(heap))
+                else:
                     evicted += self._take(heap, now, token)
+            for entry in used:
+                heappush(heap, entry)
         return evicted
 
 
@@ -2190,12 +2201,15 @@ def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
     numbers = (modified, created, lifetime, max_lifetime, since, *(cookie or ()), *(forgotten or ()))
     if (
         _NUMBERS.issuperset(map(type, numbers))
-        and modified + lifetime > -1e300 < since + max_lifetime  # nor NaN
+        and sum(map(float, numbers)) > -1e300  # nor NaN
         and (owner is None or type(owner) is str)
-        and len(cookie or "12") == len(forgotten or "12") == 2
+        and (cookie is None or type(cookie) is tuple and len(cookie) == 2)
+        and (forgotten is None or type(forgotten) is tuple and len(forgotten) == 2)
+        and type(callbacks) is tuple
         and (not callbacks or all(type(name) is type(method) is str for name, method in callbacks))
     ):
-        return fields
+        modified, created, lifetime, max_lifetime, since = map(float, numbers[:5])
+        return modified, cookie, created, lifetime, max_lifetime, since, owner, forgotten, callbacks
     raise SealError("the record has another form than this version writes")
 
 
@@ -2384,7 +2398,7 @@ class PersistentStore:
                 kept[key] = each
             else:
                 record.closed[name] = each, trouble
-                reason = trouble or "no such interface in this process: import its module"
+                reason = "no such interface in this process: import its module" if trouble is None else trouble
                 _log(logging.WARNING, "closed", record.handle, "keeps %s that can't be opened: %s", name, reason)
         return True
 
@@ -2663,7 +2677,9 @@ class PersistentStore:
             for (key, raw, new, _), reason, done in zip(verdicts, reasons, settled, strict=True)
             if done and new is None and not _is_tombstone(raw)
         ]
-        return errors, any(settled) or len(rows) == limit
+        # While everything is to go, what has changed at this moment is taken the next time.
+        missed = everything and not all(done or _is_tombstone(v[1]) for v, done in zip(verdicts, settled, strict=True))
+        return errors, any(settled) or len(rows) == limit or missed
 
     def sweep(self, everything: bool = False) -> int:
         """End all that have expired and aren't held (or just everything); answers how many."""
@@ -3120,8 +3136,8 @@ class RedisStore(PersistentStore):
             self._client.zrem(self._owner_index(owner), key)
 
     def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
-        self._index(key, due, owner)
         self._put(key, record, due, owner)
+        self._index(key, due, owner)  # second, since who finds an entry without a record takes it out
 
     def _put(self, key: str, record: bytes, due: float, owner: str, **hold: Any) -> None:
         pipeline = self._client.pipeline(transaction=False)
@@ -3165,7 +3181,8 @@ class RedisStore(PersistentStore):
         found = dict(zip([key for key, _ in ended], pipeline.execute(), strict=True))
         pipeline = self._client.pipeline(transaction=False)
         for key, answer in found.items():
-            pipeline.zrem(self._due_index, key)
+            if answer:
+                pipeline.zrem(self._due_index, key)
             if answer and answer[1]:
                 pipeline.zrem(self._owner_index(answer[1]), key)
         pipeline.execute()
@@ -3296,7 +3313,6 @@ def _check_cookie_options(
 
 # Where the environ has the exchange; a vendored copy of this file has a place of its own.
 _KEY = sys.intern(f"{__name__}.session")
-_FIRST = sys.intern(f"{__name__}.first")  # the session that its first thread has opened
 
 # What a response with a new cookie says to shared caches, and what says more.
 _NO_CACHE = 'no-cache="Set-Cookie"'
@@ -3339,6 +3355,7 @@ class _Exchange:
     _sent = False  # did the headers leave?
     _over = False  # is the response over?
     _outer: _Exchange | None = None  # that of a middleware around this one, with another cookie
+    _opened: list[Session]  # what threads of this request have opened at once: the first is everyone's
     _session: Any = None
     _look: Any = _MISSING  # what `peek` has answered
     _secure = False  # does the cookie need Secure?
@@ -3378,8 +3395,8 @@ class _Exchange:
             return session
         if self._sent:
             middleware._warn_of_vary(self._response[1])
-        # What threads of this request open at once is the first one's.
-        self._session = session = environ.setdefault(_FIRST, session)
+        self._opened.append(session)
+        self._session = session = self._opened[0]
         if self._over:  # it has ended while a thread of it opened this
             session._store.release(session)
         return session
@@ -3420,6 +3437,7 @@ class _Exchange:
         self._gone = self._gone or record.hold is session._token
         moved = not self._gone and self._came is not None and self._middleware.store.peek(self._came) is MOVED
         self._session = session = self._create(moved)
+        self._opened = [session]
         return session
 
     def _create(self, moved: bool = False) -> Session:
@@ -3741,10 +3759,9 @@ class SessionMiddleware:
                 self._check_same_store(same._middleware)
                 return self.app({**environ, _KEY: same} if same is not outer else environ, start_response)
             environ = environ.copy()  # so that there are two sessions, each where it belongs
-            environ.pop(_FIRST, None)
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._start = self, start_response
+        exchange._middleware, exchange._start, exchange._opened = self, start_response, []
         result = None
         if outer is not None:
             exchange._outer = outer

@@ -2426,6 +2426,20 @@ class TestMemoryStore:
         store.sweep()
         assert (len(store), sorted(Witness.saw)) == (0, list(range(next(names))))
 
+    def test_what_somebody_held_who_died_ends_in_time_all_the_same(self, clock):
+        store = MemoryStore(clock=clock, capacity=2)
+        uids = [new_session(store, 10, 1000, foo=1).uid for _ in range(2)]
+        mine = [store.open(uid) for uid in uids]
+        for _ in range(100):
+            new_session(store, 10, 1000, foo=1)
+        clock.advance(20)
+        assert store.sweep() == len(store) - 2 or len(store) == 2
+        mine.clear()
+        gc.collect()
+        assert [store.peek(uid) for uid in uids] == [store.open(uid) for uid in uids] == [None, None]
+        clock.advance(10)
+        assert store.sweep() + len(store) == 0
+
     def test_past_its_capacity_expired_ones_go_first_then_those_closest_to_expiry_but_none_in_use(self, clock):
         store, uids = MemoryStore(clock=clock, capacity=5), {}
         for name, lifetime in [("long", 50), ("short", 20), ("middle", 30), ("expired", 5), ("used", 2)]:
@@ -2702,6 +2716,15 @@ class Single:
         return cls.one
 
 
+@storable
+class Unit:
+    """All who ask for the same unit get the same object."""
+
+    @functools.lru_cache  # noqa: B019
+    def __new__(cls, name="none"):
+        return object.__new__(cls)
+
+
 class Stranger(Box):
     """Nobody declared it."""
 
@@ -2828,6 +2851,7 @@ CANT = {
     "a default factory": (lambda: collections.defaultdict(lambda: 1), "defaultdict"),
     "an enum that isn't declared": (lambda: [Undeclared.ONE], "Undeclared"),
     "the one object of a class": (lambda: Single(), "Single"),
+    "the one object for an argument": (lambda: Unit("kg"), "Unit"),
     "partial": (lambda: functools.partial(print), "partial"),
     "too deep nesting": (lambda: functools.reduce(lambda inner, _: [inner], range(100_000), []), "what pickle refuses"),
 }
@@ -2951,6 +2975,15 @@ def test_what_cant_be_opened_harms_nothing_else_and_comes_back_whole(sqlite, mon
         moody = IKept(again)
         assert (moody.secret, IOther(again).n) == ("kept", 2)
         assert moody.friend is again.friend and again.friend.moody is moody
+
+
+def test_what_stands_before_something_that_cant_be_opened_is_opened(sqlite, monkeypatch):
+    values = [Color.RED, datetime.timezone.utc, zoneinfo.ZoneInfo("Europe/Berlin"), [1, Color.RED]]
+    moody = Moody()
+    moody.secret = "kept"
+    uids = [kept(sqlite, value=value, moody=moody) for value in values]
+    monkeypatch.setattr(Moody, "refuses", True)
+    assert [vars(sqlite.peek(uid)) for uid in uids] == [{"value": value} for value in values]
 
 
 @pytest.mark.parametrize("how", ["replaced", "unset"])
@@ -3094,6 +3127,26 @@ def test_clear_ends_everybodys_though_a_thousand_records_dont_open(sqlite):
     assert (sqlite.clear(), sqlite.peek(uid), len(sqlite)) == (1, None, 1102)
 
 
+def test_clear_ends_a_session_that_is_used_at_this_moment(place):
+    def use_it(verdicts):
+        store.settle = settle
+        counting(store, uid)
+        return settle(verdicts)
+
+    store = place.store()
+    uid, settle, store.settle = kept(store, thing=[1]), store.settle, use_it
+    assert (store.clear(), store.peek(uid), len(store)) == (1, None, 0)
+
+
+def test_a_session_that_begins_while_its_owners_end_is_found_the_next_time(place_of):
+    place = place_of("redis")
+    store, others, zadd = place.store(), place.store(), place.client.zadd
+    place.client.zadd = lambda *args: (others.expireAll("ann"), zadd(*args))[1]
+    begun = new_session(store, owner="ann", foo=1).uid
+    del place.client.zadd
+    assert (lives(others, begun), len(others.sessions("ann")), others.expireAll("ann")) == (True, 1, 1)
+
+
 def go_through_a_visit(store):
     """Everything that a middleware and an application ask of *store*."""
     visitor = Guest(store)
@@ -3170,7 +3223,7 @@ NAMES = [
 # An enum's member, and that by its class, the one object of a class, the session, a plain value.
 SHARED = [
     *(made(PLANET, 2, text("EARTH")), made(PLANET, 1, b"(G@\x17\xe1G\xae\x14z\xe1" + text("blue") + b"t")),
-    *(made(f"{__name__}.Single"), SESSION, b"]"),
+    *(made(f"{__name__}.Single"), made(f"{__name__}.Single", 3, text("")), SESSION, b"]"),
 ]
 OBJECTS = [made(name, how) + b"." for name in NAMES for how in (0, 1, 2, 3, 5)]
 POISONS = [
@@ -3253,6 +3306,7 @@ def test_a_forged_record_makes_declared_objects_in_any_state_but_hides_no_method
 BAD_FIELDS = [
     *(*POISONS, pickle.dumps(5), pickle.dumps((1, 2, 3))),
     *({"created": "1"}, {"owner": 5}, {"callbacks": ("x",)}, {"callbacks": ((1, 2),)}),
+    *({"callbacks": []}, {"cookie": [1.0, 2.0]}, {"cookie": (float("nan"),) * 2}),
     *({"cookie": (1, 2, 3)}, {"forgotten": ("a", "b")}, {"lifetime": 10**400}, {"lifetime": float("nan")}),
 ]
 
@@ -3270,6 +3324,15 @@ def test_poisonous_fields_are_no_session_and_stop_no_sweep(place_of, bad, nothin
     assert "security" in caplog.text
     clock.advance(50_000)
     assert (store.sweep(), store.peek(other)) == (1, None)
+
+
+def test_an_end_that_no_database_can_write_stops_no_sweep(place_of):
+    clock = Clock()
+    store = place_of("sqlite").store(clock=clock)
+    forge(store, kept(store, thing=[1]), lifetime=2**70, max_lifetime=2**70)
+    kept(store, thing=[2])
+    clock.advance(50_000)
+    assert store.sweep() == 1
 
 
 def test_deep_nesting_is_opened_but_not_stored_again(sqlite):
@@ -4336,6 +4399,19 @@ def test_nested_middlewares_with_the_same_cookie_share_a_session_and_those_with_
         assert (browser.get().text, set(browser.cookies)) == (text, cookies)
         assert len(set(browser.cookies.values())) == len(cookies)
     assert (len(store), same) == (2, [True] * 4)
+
+
+def test_a_middleware_within_others_finds_the_session_of_its_own_cookie_again():
+    outer, inner = MemoryStore(), MemoryStore()
+    again = wrap(counter_app, outer, cookie="outer")
+
+    def between(environ, start_response):
+        count(environ)
+        return again(environ, start_response)
+
+    browser = Browser(wrap(wrap(between, inner, cookie="inner"), outer, cookie="outer"))
+    assert [browser.get().text for _ in range(2)] == ["1", "2"]
+    assert set(browser.cookies) == {"outer", "inner"} and len(outer) == len(inner) == 1
 
 
 def test_a_second_try_with_the_same_environ_is_a_request_of_its_own():
