@@ -3139,7 +3139,7 @@ def test_clear_ends_a_session_that_is_used_at_this_moment(place):
 
 
 def test_a_session_that_begins_while_its_owners_end_is_found_the_next_time(place_of):
-    def ending(**options):
+    def ending(calls, moment, **options):
         if next(calls) == moment:
             others.expireAll("ann")
         return pipeline(**options)
@@ -3147,7 +3147,7 @@ def test_a_session_that_begins_while_its_owners_end_is_found_the_next_time(place
     place = place_of("redis")
     store, others, pipeline = place.store(), place.store(), place.client.pipeline
     for moment in range(4):
-        calls, place.client.pipeline = itertools.count(), ending
+        place.client.pipeline = functools.partial(ending, itertools.count(), moment)
         begun = new_session(store, owner="ann", foo=1).uid
         place.client.pipeline = pipeline
         assert (lives(others, begun), len(others.sessions("ann")), others.expireAll("ann")) == (True, 1, 1)
