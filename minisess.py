@@ -1683,9 +1683,11 @@ class IStore(Interface):
 
     def clock(self) -> float:
         """The time by which sessions expire, UNIX time in seconds."""
+        ...
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
         """A fresh session.  It isn't in the store before it is saved."""
+        ...
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
         """The live session *uid*, its idle clock started again; or None, or `MOVED`.
@@ -1693,9 +1695,11 @@ class IStore(Interface):
         *request*, or the session itself, holds it until `save` or `release`, or as long as that
         object lives.  Waits *patience* seconds for others that hold it.
         """
+        ...
 
     def peek(self, uid: str, request: object = None) -> Session | None:
         """The live session *uid* as it was last saved, to look at; or None, or `MOVED`.  Waits for nobody."""
+        ...
 
     def save(self, session: Session) -> None:
         """Store a session, unless it is new and holds nothing, and let the next request in.
@@ -1720,21 +1724,26 @@ class IStore(Interface):
 
     def sweep(self) -> int:
         """End all that have expired and aren't held; answers how many.  (Requests do that bit by bit.)"""
+        ...
 
     def sessions(self, owner: str) -> list[Session]:
         """The live sessions of *owner* as they were last saved, the oldest first; to look at, and to `expire`.
 
         A form names one by its `handle`: stores outside the process don't know the uids of others ("").
         """
+        ...
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
         """End all sessions of *owner* but *keep*; answers how many."""
+        ...
 
     def clear(self) -> int:
         """End everybody's sessions; answers how many."""
+        ...
 
     def __len__(self) -> int:
         """How many sessions are stored."""
+        ...
 
 
 def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
