@@ -1879,7 +1879,7 @@ class MemoryStore:
         key = record.key
         if session._base is not None:
             self.save_late(session)
-        elif record.state is _STORED and key in self._holders and self._holders[key] is token:
+        elif record.state is _STORED and self._holders.get(key) is token:
             if self.strict:
                 _dump(session)
             record.lastModified = self.clock()
