@@ -1988,7 +1988,7 @@ class MemoryStore:
         heappush(self._heaps[0], (until, uid))  # should an exception come now, this entry is found
         self._next = min(self._next, until)
         self._records[uid] = fresh
-        fresh.set(uid=uid, key=uid, state=_STORED, **fields)
+        fresh.set(key=uid, uid=uid, state=_STORED, **fields)  # by its key it has moved
         self._schedule(fresh)
         self._records.pop(old, None)
         self._parked.discard(record)
@@ -2898,20 +2898,27 @@ class SQLiteStore(_SQLStore):
         cursor = connection.execute(sql.replace("TABLE", self.table), args)
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
+    def _together(self, *statements: tuple[Any, ...]) -> list[bool]:
+        """Run *statements* in one transaction; did each change anything?"""
+        with self.holds.alone("connection"):
+            connection = self._connect()
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                done = [bool(self._execute(connection, *statement)) for statement in statements]
+                connection.execute("COMMIT")  # here, not by `with connection`: an exception may come just before its end
+            finally:
+                if connection.in_transaction:
+                    connection.rollback()
+        return done
+
     def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
-        with self.holds.alone("connection"), self._connect() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            return [bool(self._execute(connection, *self._swap(*verdict))) for verdict in verdicts]
+        return self._together(*(self._swap(*verdict) for verdict in verdicts))
 
     def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
         update = "UPDATE TABLE SET key = ?, record = ?, due = ?, owner = ?, until = ? WHERE key = ? AND holder = ?"
-        insert = "INSERT INTO TABLE VALUES (?, ?, ?, '', '', 0)"
-        with self.holds.alone("connection"), self._connect() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            moved = bool(self._execute(connection, update, to, record, due, owner, until, key, token))
-            if moved:
-                self._execute(connection, insert, *self._tombstone(key))
-        return moved
+        insert = "INSERT INTO TABLE SELECT ?, ?, ?, '', '', 0 WHERE changes() > 0"
+        moving = update, to, record, due, owner, until, key, token
+        return self._together(moving, (insert, *self._tombstone(key)))[0]
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
