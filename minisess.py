@@ -2720,21 +2720,23 @@ class PersistentStore:
 
 
 class _SQLStore(PersistentStore):
-    """The operations in SQL, as SQLite and PostgreSQL have it in common; ``?`` is a parameter, TABLE the table.
+    """The operations in SQL, as SQLite and PostgreSQL have it in common.
+
+    In a statement ``?`` is a parameter, TABLE the table, RELAXED what ends a condition that needn't wait for the disk.
 
     Strategy: writing a record mostly changes no indexed column, which costs a fifth less.  So `due`,
     which is indexed, is never later than the real deadline, and only put right by the sweep that
     comes upon it.
     """
 
-    # How the driver marks a parameter, and what PostgreSQL adds to the condition of what needn't wait for the disk.
-    _mark, _relaxed = "?", ""
+    _mark, _relaxed = "?", ""  # what this database's driver has for the first and the last of them
 
     def __init__(self, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time) -> None:
         super().__init__(secret=secret, place=table, lease=lease, clock=clock)
         if not (table.isidentifier() and table.isascii()):
             raise ValueError(f"table= is the name of a table (letters, digits, underscores), not {table!r}")
         self.table = table
+        self._texts: dict[str, str] = {}
         self._create_table = [
             f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, due DOUBLE PRECISION "
             "NOT NULL, owner TEXT NOT NULL, holder TEXT NOT NULL, until DOUBLE PRECISION NOT NULL)",
@@ -2746,18 +2748,26 @@ class _SQLStore(PersistentStore):
         """Run one statement in a transaction of its own; its rows, or how many it changed if it has none."""
         raise NotImplementedError
 
+    def _text(self, sql: str) -> str:
+        text = self._texts.get(sql)
+        if text is None:
+            text = sql.replace("RELAXED", self._relaxed).replace("?", self._mark).replace("TABLE", self.table)
+            self._texts[sql] = text
+        return text
+
     def _sql(self, sql: str, *args: object) -> Any:
-        return self._run(sql.replace("?", self._mark), *args)
+        return self._run(self._text(sql), *args)
 
     def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
         sql = "INSERT INTO TABLE VALUES (?, ?, ?, ?, '', 0) ON CONFLICT (key) DO NOTHING"
         self._sql(sql, key, record, due, owner)
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
-        free = f"(until <= ? OR holder = ?){self._relaxed}"
-        sql = f"UPDATE TABLE SET holder = ?, until = ? WHERE key = ? AND {free} RETURNING record"
-        rows = self._sql(sql, token, until, key, now, token)
-        if rows:
+        sql = (
+            "UPDATE TABLE SET holder = ?, until = ? WHERE key = ? AND (until <= ? OR holder = ?)"
+            " RELAXED RETURNING record"
+        )
+        if rows := self._sql(sql, token, until, key, now, token):
             return rows[0][0]
         return HELD if self._sql("SELECT 1 FROM TABLE WHERE key = ?", key) else None
 
@@ -2782,8 +2792,8 @@ class _SQLStore(PersistentStore):
 
     def _swap(self, key: str, old: bytes, new: bytes | None, due: float) -> tuple[Any, ...]:
         if new is None:
-            return f"DELETE FROM TABLE WHERE key = ? AND record = ?{self._relaxed}", key, old
-        return f"UPDATE TABLE SET record = ?, due = ? WHERE key = ? AND record = ?{self._relaxed}", new, due, key, old
+            return "DELETE FROM TABLE WHERE key = ? AND record = ? RELAXED", key, old
+        return "UPDATE TABLE SET record = ?, due = ? WHERE key = ? AND record = ? RELAXED", new, due, key, old
 
     def _tombstone(self, key: str) -> tuple[str, bytes, float]:
         end = self.clock() + _REMEMBERED
@@ -2890,12 +2900,12 @@ class SQLiteStore(_SQLStore):
         with self.holds.alone("connection"):
             connection = self._connection
             # Strategy: what saves a session was opened before; to look again whether the file is there takes 3 %.
-            if connection is None or not sql.startswith("UPDATE TABLE SET record"):
+            if connection is None or "SET record" not in sql:
                 connection = self._connect()
             return self._execute(connection, sql, *args)
 
     def _execute(self, connection: Any, sql: str, *args: object) -> Any:
-        cursor = connection.execute(sql.replace("TABLE", self.table), args)
+        cursor = connection.execute(sql, args)
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
     def _together(self, *statements: tuple[Any, ...]) -> list[bool]:
@@ -2904,8 +2914,8 @@ class SQLiteStore(_SQLStore):
             connection = self._connect()
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                done = [bool(self._execute(connection, *statement)) for statement in statements]
-                connection.execute("COMMIT")  # here, not by `with connection`: an exception may come just before its end
+                done = [bool(self._execute(connection, self._text(sql), *args)) for sql, *args in statements]
+                connection.execute("COMMIT")  # not by `with connection`: an exception may come just before its end
             finally:
                 if connection.in_transaction:
                     connection.rollback()
@@ -3008,7 +3018,6 @@ class PostgresStore(_SQLStore):
         raise AssertionError
 
     def _execute(self, sql: str, *args: object) -> Any:
-        sql = sql.replace("TABLE", self.table) if self._created else sql
         with self._connect() as connection:
             # One statement, one round trip: without this there would be a BEGIN and a COMMIT.
             before, connection.autocommit = connection.autocommit, True
@@ -3361,23 +3370,29 @@ class _Exchange:
     Only the environ refers to it, so that the hold dies with the request.
     """
 
-    # Strategy: most of these stay what they are here, so a request doesn't set them: a third of the time.
+    # Strategy: slots, since what a class has as defaults takes ten times as long to read.
+    __slots__ = (
+        *("_middleware", "_outer", "_start", "_send", "_response", "_sent", "_over", "_opened", "_session", "_look"),
+        *("_secure", "_came", "_gone", "_cookie", "__weakref__"),
+    )
+
     _middleware: SessionMiddleware
+    _outer: _Exchange | None  # that of a middleware around this one, with another cookie
     # The server's start_response and write(), until the response is over: a server that keeps the
     # environ, as waitress does, would refer to itself through them, and wait for the garbage collector.
     _start: Any
-    _send: Any = None
-    _response: Any = None  # what the application gave to ours: (status, headers, exc_info)
-    _sent = False  # did the headers leave?
-    _over = False  # is the response over?
-    _outer: _Exchange | None = None  # that of a middleware around this one, with another cookie
+    _send: Any
+    _response: Any  # what the application gave to ours: (status, headers, exc_info)
+    _sent: bool  # did the headers leave?
+    _over: bool  # is the response over?
     _opened: list[Session]  # what threads of this request have opened at once: the first is everyone's
-    _session: Any = None
-    _look: Any = _MISSING  # what `peek` has answered
-    _secure = False  # does the cookie need Secure?
-    _came: str | None = None  # the uid of the live session that the request came with
-    _gone = False  # has that ended while this request held it?
-    _cookie: str | None = None  # a Set-Cookie header
+    _session: Any
+    _look: Any  # what `peek` has answered
+    # From the moment when a session is asked for:
+    _secure: bool  # does the cookie need Secure?
+    _came: str | None  # the uid of the live session that the request came with
+    _gone: bool  # has that ended while this request held it?
+    _cookie: str | None  # a Set-Cookie header
 
     @property
     def _patience(self) -> float:
@@ -3388,6 +3403,7 @@ class _Exchange:
     def open(self, environ: dict[str, Any], peeking: bool = False) -> Any:
         """The live session that the request has a cookie of, or else a new one (None for who only looks)."""
         middleware, session, tried = self._middleware, None, ""
+        self._came, self._cookie, self._gone = None, None, False
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         header = environ.get("HTTP_COOKIE")
         if header is not None:
@@ -3534,6 +3550,8 @@ class _Exchange:
                 self._cookie = middleware._set_cookie(self._secure, uid, record)
         elif self._came is not None and (self._gone or record.state is _ENDED and record.hold is session._token):
             self._cookie = middleware._delete_cookie(self._secure)
+        if self._over and session._base is not None:
+            session._store.leave(session)
 
     def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The application's headers and ours, in a list of our own (theirs may be a constant)."""
@@ -3777,10 +3795,10 @@ class SessionMiddleware:
             environ = environ.copy()  # so that there are two sessions, each where it belongs
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._start, exchange._opened = self, start_response, []
-        result = None
-        if outer is not None:
-            exchange._outer = outer
+        exchange._middleware, exchange._outer, exchange._start, exchange._opened = self, outer, start_response, []
+        exchange._session = exchange._response = result = None
+        exchange._sent = exchange._over = False
+        exchange._look = _MISSING
         try:
             result = self.app(environ, exchange.start_response)
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
@@ -3789,9 +3807,6 @@ class SessionMiddleware:
                     exchange.close()
                 else:
                     exchange.commit()
-                    session = exchange._session
-                    if session is not None and session._base is not None:
-                        session._store.leave(session)
                 exchange._start = exchange._send = _too_late
                 return result
             return _Body(exchange, result)

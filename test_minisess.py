@@ -2041,9 +2041,8 @@ def interrupt_at(number, work):
     opcodes = itertools.count(1)
 
     def call(frame, event, arg):
-        if frame.f_code.co_filename == minisess.__file__:
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-            return opcode
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return opcode if frame.f_code.co_filename == minisess.__file__ else None
 
     def opcode(frame, event, arg):
         if event == "opcode" and next(opcodes) == number:
