@@ -1988,12 +1988,13 @@ class MemoryStore:
         What helps to find it comes before the dict and leaves after it, so that an exception in
         between loses nothing.
         """
-        old, owner = record.key, record.owner
+        old, owner, new_owner = record.key, record.owner, fields.get("owner", record.owner)
         self._moved[old] = until = self.clock() + _REMEMBERED
-        self._cut(record)
-        self._own(fresh, fields.get("owner", owner))
-        heappush(self._heaps[0], (until, uid))  # should an exception come now, this entry is found
         self._next = min(self._next, until)
+        self._cut(record)
+        self._own(fresh, new_owner)
+        fresh.due = record.due
+        heappush(self._heaps[new_owner is not None], (fresh.due, uid))  # for it, should an exception come now
         self._records[uid] = fresh
         fresh.set(key=uid, uid=uid, state=_STORED, **fields)  # by its key it has moved
         self._schedule(fresh)
