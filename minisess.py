@@ -879,6 +879,20 @@ def _guard(name: str, get: Any, doc: str | None = None, kind: type[property] = p
     return kind(get, refuse, refuse, doc)
 
 
+class _Hint:
+    """A name that other libraries' sessions have: where no attribute is called so, it says what to do instead.
+
+    Strategy: with a `__getattr__` each attribute of a session, ours too, would take ten times as long.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, session: object, kind: Any = None) -> Any:
+        advice = f"this session has no attribute {self.name!r}: {_INSTEAD[self.name]}"
+        raise AttributeError(advice, name=self.name, obj=session)
+
+
 class Session(Componentized):
     """One request's view of a visitor's record: components, attributes and deadlines, until it ends.
 
@@ -1100,12 +1114,6 @@ class Session(Componentized):
         def __setattr__(self, name: str, value: Any) -> None: ...
         def __getattr__(self, name: str) -> Any: ...
 
-    else:
-
-        def __getattr__(self, name):
-            advice = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
-            raise AttributeError(f"this session has no attribute {name!r}{advice}", name=name, obj=self)
-
     def __getitem__(self, name: str) -> Any:
         raise TypeError(f"what you keep on a session are attributes: session.{name}, not session[{name!r}]")
 
@@ -1126,8 +1134,10 @@ for _key, _each in {**vars(Componentized), **vars(Session)}.items():
         setattr(Session, _key, _guard(_key, attrgetter("_record." + _key), _each.__doc__))
     elif isinstance(_each, FunctionType) and not _key.startswith("__"):
         setattr(Session, _key, _guard(_key, _each, _each.__doc__, _Method))
+for _key in _INSTEAD.keys() - vars(Session).keys():
+    setattr(Session, _key, _Hint(_key))
 for _key in ("modified", "permanent"):  # other libraries want these to be set; here that would do nothing
-    setattr(Session, _key, _guard(_key, None, "Not a session's: " + _INSTEAD[_key]))
+    setattr(Session, _key, _guard(_key, _Hint(_key).__get__))
 _keepers |= {Session.__conform__, vars(Session)["getComponent"]}
 
 GuardSession = Session
