@@ -3813,10 +3813,10 @@ class SessionMiddleware:
             environ = environ.copy()  # so that there are two sessions, each where it belongs
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
-        exchange._middleware, exchange._outer, exchange._start, exchange._opened = self, outer, start_response, []
+        exchange._middleware, exchange._outer, exchange._start = self, outer, start_response
         exchange._session = exchange._response = result = None
         exchange._sent = exchange._over = False
-        exchange._look = _MISSING
+        exchange._opened, exchange._look = [], _MISSING
         try:
             result = self.app(environ, exchange.start_response)
             if type(result) is list or isinstance(result, (list, tuple)) or self._is_file(environ, result):
