@@ -4473,25 +4473,6 @@ def test_two_copies_of_the_module_in_one_process_dont_meet(monkeypatch):
 # ---------------------------------------------------------------------------
 
 
-def told(session):
-    return f"{session.owner} {visited(session)}"
-
-
-def and_tell(method, *args):
-    return lambda session: getattr(session, method)(*args) or told(session)
-
-
-# Counts, and tells whose session it is.
-GUARD = {
-    "login": and_tell("login", "alice"),
-    "bob": and_tell("login", "bob"),
-    "renew": and_tell("renew"),
-    "logout": lambda session: session.expire() or "bye",
-    "look": lambda s: len([getattr(s, "name", None), ICounter in s, s.owner, len(vars(s)), repr(s)]),
-}
-guard_app = acting(told, **GUARD)
-
-
 def test_ids_are_256_random_bits_that_no_seed_determines():
     store, uids = MemoryStore(), []
     for _ in range(200):
@@ -4502,29 +4483,17 @@ def test_ids_are_256_random_bits_that_no_seed_determines():
     assert [{number >> bit & 1 for number in raw} for bit in range(256)] == [{0, 1}] * 256
 
 
-def test_an_id_that_the_client_made_up_is_never_adopted_nor_one_that_was_logged_out():
-    store = MemoryStore()
-    browser = Browser(wrap(guard_app, store), cookies={"sid": FOREIGN[0]})
-    assert browser.get().text == "None 1"
-    assert browser.cookies["sid"] != FOREIGN[0] and store.open(FOREIGN[0]) is None
-    browser.get("/login")
-    stolen = dict(browser.cookies)
-    assert browser.get("/logout").text == "bye"
-    assert browser.cookies == {} and len(store) == 0
-    browser.cookies = stolen
-    assert browser.get().text == "None 1"
-
-
 @CPYTHON
 def test_a_client_cannot_make_the_server_keep_anything_by_looking():
-    store, rng = MemoryStore(), random.Random(0)
-    application = wrap(guard_app, store)
+    store, other = MemoryStore(), MemoryStore()
+    guest = Guest(store)
 
     def look_often():
         for _ in range(300):
-            uid = base64.urlsafe_b64encode(rng.randbytes(32)).decode().rstrip("=")
-            response = Browser(application, cookies={"sid": uid}).get("/look")
-            assert response.all("Set-Cookie") == [] and response["Vary"] == "Cookie"
+            guest.cookies["sid"] = other.create(1, 1).uid
+            guest.do(lambda s: (getattr(s, "name", None), ICounter in s, s.owner, vars(s), repr(s)))
+            assert guest.was_told is None and guest.response["Vary"] == "Cookie"
+        guest.events.clear()
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
@@ -4537,58 +4506,47 @@ def test_a_client_cannot_make_the_server_keep_anything_by_looking():
     assert len(store) == 0
 
 
-def test_what_the_client_sends_never_comes_back_in_a_header():
-    evil = 'sid=x\r\nX-Evil: 1; sid="\r\nSet-Cookie: a=b"; sid=' + "%0d%0a" * 7 + "x"
-    response = Browser(wrap(guard_app), "https").get("/login", HTTP_COOKIE=evil + "; __Host-" + evil)
-    assert {name for name, _ in response.headers} == {"Content-Type", "Vary", "Set-Cookie", "Cache-Control"}
-    assert not any("\r" in value or "\n" in value or "evil" in value.lower() for _, value in response.headers)
+def test_what_the_client_sends_never_comes_back_in_a_header_and_an_id_that_it_made_up_is_never_adopted():
+    evil = 'sid=x\r\nX-Evil: 1; sid="\r\nSet-Cookie: a=b"; sid=' + "%0d%0a" * 7 + "x; sid=" + FOREIGN[0]
+    guest = Guest(MemoryStore(), secure=True)
+    guest.do(LOG_IN, HTTP_COOKIE=evil + "; " + evil.replace("sid=", "__Host-sid="))
+    assert {name for name, _ in guest.response.headers} == {"Content-Type", "Vary", "Set-Cookie", "Cache-Control"}
+    sent = "".join(value for _, value in guest.response.headers)
+    assert not re.search("\r|\n|evil|" + FOREIGN[0], sent, re.IGNORECASE)
 
 
-def test_a_session_that_follows_an_expired_one_gets_its_cookie(store_of_kind):
-    guard, expire = wrap(guard_app, store_of_kind), lambda environ: ISession(environ).expire()
-    for then, text in [
-        (count, "None 2"),
-        (lambda environ: ISession(environ).getComponent(IThing), "None 1"),
-        (lambda environ: ISession(environ).login("bob"), "bob 1"),
-    ]:
-        for before in ("/look", "/login"):
-            browser = Browser(guard)
-            browser.get(before)
-            old, browser.application = browser.cookie, wrap(script(expire, then, "200 OK", []), store_of_kind)
-            browser.get()
-            assert (browser.cookie != old or not old) and bool(old) == (before == "/login")
-            browser.application = guard
-            assert browser.get().text == text
+@pytest.mark.parametrize("then", [put(new=1), LOG_IN, vars])
+@pytest.mark.parametrize("before", [put(old=1), LOG_IN, vars])
+def test_a_session_that_follows_an_expired_one_gets_a_cookie_if_it_is_stored(store_of_kind, before, then):
+    def work(environ):
+        ISession(environ).expire()
+        then(ISession(environ))
+        return ISession(environ).handle
+
+    guest = Guest(store_of_kind)
+    guest.do(before)
+    handle = guest.do(work, find=lambda environ: environ)
+    assert (guest.sid is None) == (then is vars)
+    assert (guest.do(lambda session: session.handle) == handle) == (then is not vars)
 
 
-@pytest.mark.parametrize("path, then", [("/login", "alice 4"), ("/renew", "None 4"), ("/logout", "None 1")])
-def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_kind, path, then):
-    reached, go_on = threading.Event(), threading.Event()
-
-    def slow(session):
-        visited(session)
+@pytest.mark.parametrize("move", [RENEW, LOG_IN, EXPIRE], ids=["renew", "login", "logout"])
+def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_kind, move):
+    def work(session):
+        session.basket = 2
         session.release()
-        reached.set()
-        assert go_on.wait(10)
+        victim.do(move)
         with pytest.raises(SessionError, match=r"before session\.release\(\)|ended"):
             session.login("eve")
-        return told(session) if session.ended else "not known yet"  # a store outside is asked by ISession
+        return session.ended
 
-    application = wrap(acting(told, **GUARD, slow=slow), store_of_kind, patience=5, persistent=True)
-    attacker = Browser(application)
-    attacker.get()
-    victim = Browser(application, cookies=attacker.cookies)  # who was given the attacker's id
-    planted, request = attacker.cookie, Background(attacker.get, "/slow")
-    assert reached.wait(10)
-    try:
-        victim.get(path)
-    finally:
-        go_on.set()
-    response = request.result()
-    assert response.text == ("None 1" if isinstance(store_of_kind, MemoryStore) else "not known yet")
-    assert response.all("Set-Cookie") == []  # neither the new id, nor a deletion of what the login just set
-    assert attacker.cookie == planted and attacker.get().text == "None 1"
-    assert victim.get().text == then
+    attacker = Guest(store_of_kind, persistent=True)
+    attacker.do(put(basket=1))
+    planted, victim = attacker.sid, Guest(store_of_kind, attacker.cookies, persistent=True)
+    assert attacker.do(work) == isinstance(store_of_kind, MemoryStore)  # a store outside is asked by ISession
+    assert attacker.was_told is None  # neither the new id, nor a deletion of what the login just set
+    assert attacker.sid == planted and attacker.do(vars) == {}
+    assert victim.do(vars) == ({} if move is EXPIRE else {"basket": 2})
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -4596,53 +4554,52 @@ def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_clien
     class Overtaken(MemoryStore):
         def save(self, session):
             super().save(session)
-            if threading.current_thread() is threading.main_thread() and waiting:
-                logged_in.extend(at_once(lambda: waiting.pop().get("/login")))
+            if waiting:
+                waiting.pop().do(LOG_IN)
 
-    waiting, logged_in = [], []
-    attacker = Browser(SessionMiddleware(guard_app, Overtaken(), persistent=persistent))
-    attacker.get()
-    victim = Browser(attacker.application, cookies=attacker.cookies)
+    store, waiting = Overtaken(), []
+    attacker = Guest(store, persistent=persistent)
+    attacker.do(put(basket=1))
+    victim = Guest(store, attacker.cookies, persistent=persistent)
     waiting.append(victim)
-    response = attacker.get()
-    assert logged_in[0].text.startswith("alice ")
-    assert victim.cookies["sid"] not in str(response.headers)
-    assert attacker.get().text == "None 1" and victim.get().text.startswith("alice ")
+    attacker.do(put(basket=2))
+    assert victim.sid not in str(attacker.response.headers) and attacker.do(vars) == {}
+    assert victim.do(lambda session: (session.owner, session.basket)) == ("ann", 2)
 
 
 def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(store_of_kind, caplog):
     caplog.set_level(logging.INFO, logger="minisess")
-    store, clock = store_of_kind, store_of_kind.clock
-    outside = {"all": lambda: store.expireAll("alice"), "sweep": store.sweep}
-    browser = Browser(wrap(guard_app, store, max_lifetime=3000))
-    for path, pause, *expected in [
-        ("/look", 0),
-        ("/", 0, ("created", "new", None, None)),
-        ("/", 0),
-        ("/login", 0, ("login", "new", "alice", None)),
-        ("/renew", 0, ("renewed", "new", "alice", None)),
-        ("/bob", 0, ("login", "new", "bob", None), ("ended", "old", "alice", "another")),
-        ("/logout", 0, ("ended", "old", "bob", "logout")),
-        ("/login", 0, ...),  # made as alice's at once
-        ("all", 0, ("ended", "old", "alice", "all")),
-        ("/login", 0, ...),
-        ("/look", 1800, ("ended", "old", "alice", "idle")),
-        ("/", 0, ("created", "new", None, None)),
-        ("sweep", 1800, ("ended", "old", None, "idle")),
-        ("/login", 0, ("login", "new", "alice", None), ("created", "new", "alice", None)),
-        ("/", 1500),
-        ("/look", 1500, ("ended", "old", "alice", "absolute")),
+    store, guest = store_of_kind, Guest(store_of_kind, max_lifetime=3000)
+    works = (vars, visited, RENEW, LOG_IN, lambda session: session.login("bob"), EXPIRE)
+    look, use, renew, log_in, log_bob_in, log_out = (functools.partial(guest.do, work) for work in works)
+    for act, pause, *expected in [
+        (look, 0),
+        (use, 0, ("created", "new", None, None)),
+        (use, 0),
+        (log_in, 0, ("login", "new", "ann", None)),
+        (renew, 0, ("renewed", "new", "ann", None)),
+        (log_bob_in, 0, ("login", "new", "bob", None), ("ended", "old", "ann", "another")),
+        (log_out, 0, ("ended", "old", "bob", "logout")),
+        (log_in, 0, ("login", "new", "ann", None), ("created", "new", "ann", None)),
+        (lambda: store.expireAll("ann"), 0, ("ended", "old", "ann", "all")),
+        (log_in, 0, ...),
+        (look, 1800, ("ended", "old", "ann", "idle")),
+        (use, 0, ("created", "new", None, None)),
+        (store.sweep, 1800, ("ended", "old", None, "idle")),
+        (log_in, 0, ("login", "new", "ann", None), ("created", "new", "ann", None)),
+        (use, 1500),
+        (look, 1500, ("ended", "old", "ann", "absolute")),
     ]:
         caplog.clear()
-        before = store.peek(browser.cookies.get("sid", ""))
-        clock.advance(pause)
-        outside[path]() if path in outside else browser.get(path)
-        after = store.peek(browser.cookies.get("sid", ""))
+        before = store.peek(guest.sid or "")
+        store.clock.advance(pause)
+        act()
+        after = store.peek(guest.sid or "")
         known = {each.handle: name for each, name in ((before, "old"), (after, "new")) if each}
         assert {record.levelname for record in caplog.records} <= {"INFO"}
         assert not any(each.uid in caplog.text for each in (before, after) if each)
         records = [(r.event, known.get(r.session), r.owner, r.reason) for r in caplog.records if r.event != "unknown"]
-        assert expected in (records, [...]), path
+        assert expected in (records, [...]), (act, pause)
 
 
 # Frameworks
