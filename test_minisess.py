@@ -4167,8 +4167,8 @@ def tell(environ):
     return b"%d" % visited(ISession(environ))
 
 
-def file_of(environ, content=b"one two"):
-    return environ.get("wsgi.file_wrapper", FileWrapper)(io.BytesIO(content), 4)  # not every server has one
+def file_of(environ):
+    return environ.get("wsgi.file_wrapper", FileWrapper)(io.BytesIO(b"one two"), 4)  # not every server has one
 
 
 BOTH = b"one ", b"two"
@@ -4570,7 +4570,7 @@ def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_clien
 def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(store_of_kind, caplog):
     caplog.set_level(logging.INFO, logger="minisess")
     store, guest = store_of_kind, Guest(store_of_kind, max_lifetime=3000)
-    works = (vars, visited, RENEW, LOG_IN, lambda session: session.login("bob"), EXPIRE)
+    works = (vars, visited, RENEW, LOG_IN, operator.methodcaller("login", "bob"), EXPIRE)
     look, use, renew, log_in, log_bob_in, log_out = (functools.partial(guest.do, work) for work in works)
     for act, pause, *expected in [
         (look, 0),
@@ -4582,13 +4582,13 @@ def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(st
         (log_out, 0, ("ended", "old", "bob", "logout")),
         (log_in, 0, ("login", "new", "ann", None), ("created", "new", "ann", None)),
         (lambda: store.expireAll("ann"), 0, ("ended", "old", "ann", "all")),
-        (log_in, 0, ...),
-        (look, 1800, ("ended", "old", "ann", "idle")),
         (use, 0, ("created", "new", None, None)),
         (store.sweep, 1800, ("ended", "old", None, "idle")),
         (log_in, 0, ("login", "new", "ann", None), ("created", "new", "ann", None)),
         (use, 1500),
         (look, 1500, ("ended", "old", "ann", "absolute")),
+        (log_in, 0, ("login", "new", "ann", None), ("created", "new", "ann", None)),
+        (look, 1800, ("ended", "old", "ann", "idle")),
     ]:
         caplog.clear()
         before = store.peek(guest.sid or "")
@@ -4599,46 +4599,32 @@ def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(st
         assert {record.levelname for record in caplog.records} <= {"INFO"}
         assert not any(each.uid in caplog.text for each in (before, after) if each)
         records = [(r.event, known.get(r.session), r.owner, r.reason) for r in caplog.records if r.event != "unknown"]
-        assert expected in (records, [...]), (act, pause)
+        assert records == expected
 
 
 # Frameworks
 # ---------------------------------------------------------------------------
 
 
-def hit(request):
-    """What a view does, whatever its framework calls a request."""
-    ISession(request).foo = getattr(ISession(request), "foo", 0) + 1
-    return f"{visited(ISession(request))} {ISession(request).foo}"
+def visits(request):
+    return str(visited(ISession(request)))
 
 
-@pytest.mark.parametrize("name", ["flask", "bottle", "falcon", "cherrypy", "pyramid.config"])
+# The README's code, which is run below, has Flask, Django, Bottle and Pyramid.
+@pytest.mark.parametrize("name", ["falcon", "cherrypy"])
 def test_a_frameworks_request_adapts_to_its_session(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the frameworks' own, about their age
         framework = package(name)
-        if name == "flask":
-            app = framework.Flask("minisess_test")
-            app.add_url_rule("/", view_func=lambda: hit(framework.request))
-        elif name == "bottle":
-            app = framework.Bottle()
-            app.route("/", callback=lambda: hit(framework.request))
-        elif name == "falcon":
+        if name == "falcon":
             app, home = framework.App(), types.SimpleNamespace()
-            home.on_get = lambda request, response: setattr(response, "text", hit(request))
+            home.on_get = lambda request, response: setattr(response, "text", visits(request))
             app.add_route("/", home)
-        elif name == "cherrypy":
-            framework.config.update({"environment": "embedded"})
-            app = framework.Application(framework.expose(lambda: hit(framework.serving.request)))
         else:
-            with framework.Configurator() as config:
-                config.add_route("home", "/")
-                config.add_view(lambda request: hit(request), route_name="home", renderer="string")
-                app = config.make_wsgi_app()
+            framework.config.update({"environment": "embedded"})
+            app = framework.Application(framework.expose(lambda: visits(framework.serving.request)))
         browser = Browser(SessionMiddleware(validator(app)))
-        responses = [browser.get(), browser.get()]
-    assert [response.text for response in responses] == ["1 1", "2 2"]
-    assert [len(response.all("Set-Cookie")) for response in responses] == [1, 0]
+        assert [browser.get().text for _ in range(2)] == ["1", "2"]
 
 
 def test_starlettes_middleware_closes_no_body_and_the_session_is_let_go():
@@ -4658,19 +4644,15 @@ def test_gevent_that_patches_late_stops_no_request_that_waits():
     """The module is imported and has served requests; then everything is patched."""
     package("gevent")
     code = """
-import test_minisess as t
-slow = t.script(t.count, lambda environ: t.time.sleep(0.2), "200 OK", lambda environ: [t.tell(environ)])
-visitor = t.Browser(t.SessionMiddleware(slow))
-visitor.get()
-from gevent import monkey
-monkey.patch_all()
-import gevent
-jobs = [gevent.spawn(visitor.get) for _ in range(5)]
-gevent.joinall(jobs, timeout=8)
-print([job.value.text for job in jobs])
-"""
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+        slow = script(count, lambda environ: time.sleep(0.2), "200 OK", lambda environ: [tell(environ)])
+        visitor = Browser(SessionMiddleware(slow))
+        visitor.get()
+        from gevent import joinall, monkey, spawn
+        monkey.patch_all()
+        jobs = [spawn(visitor.get) for _ in range(5)]
+        joinall(jobs, timeout=8)
+        print([job.value.text for job in jobs])"""
+    done = run_python(code)
     assert done.stdout == "['4', '6', '8', '10', '12']\n", done.stderr
 
 
@@ -4694,18 +4676,8 @@ def endless(environ):
 
 
 SERVED_EVENTS = ["start"]  # in the server's process
-ANSWERS_SERVED = {  # what is served, and the status and text that a client gets
-    "/list": (script("200 OK", lambda environ: [tell(environ)]), "200", "1"),
-    "/early": (script("200 OK", ..., tell, b" done"), "200", "1 done"),
-    "/late": (script(..., "200 OK", tell, b" done"), "200", "1 done"),
-    "/write": (script("200 OK", tell, [b" done"]), "200", "1 done"),
-    "/error": (script("200 OK", "400 Oops", lambda environ: [tell(environ)]), "400", "1"),
-    "/none": (script("204 No Content", count, []), "204", ""),
-    "/unmodified": (script("304 Not Modified", count, ...), "304", ""),
-    "/empty": (script("200 OK", count, []), "200", ""),
-    "/file": (script("200 OK", lambda environ: file_of(environ, tell(environ) + b" file")), "200", "1 file"),
-}
-SERVED = {path: app for path, (app, _, _) in ANSWERS_SERVED.items()} | {
+SERVED = {f"/{kind}": app for kind, (app, _, _) in ANSWERS.items()} | {
+    "/list": script("200 OK", lambda environ: [tell(environ)]),
     "/nothing": script(count, [b"no start_response"]),
     "/boom": script("200 OK", ..., tell, LookupError),
     "/lazy": script("200 OK", ..., count, LookupError),
@@ -4749,18 +4721,19 @@ def known(real_server):
     return known
 
 
-@pytest.mark.parametrize("path", ANSWERS_SERVED)
-def test_real_servers_send_the_body_and_one_cookie(real_server, path):
+@pytest.mark.parametrize("kind", sorted(ANSWERS.keys() - {"an error after an empty piece"}))  # they differ in that
+def test_real_servers_send_the_body_and_one_cookie(real_server, kind):
     name, port = real_server
     client = Browser(port)
-    response = client.get(path)
-    assert (response.status[:3], response.text) == ANSWERS_SERVED[path][1:]
+    response = client.get(urllib.parse.quote("/" + kind))
+    assert (response.status[:3], response.body) == (ANSWERS[kind][1][:3], ANSWERS[kind][2])
     assert len(response.all("Set-Cookie")) == 1 and response.all("Vary") == ["Cookie"]
-    if path in ("/list", "/error") and name in ("wsgiref", "waitress"):  # others never count a body
-        assert response["Content-Length"] == "1" and response["Transfer-Encoding"] is None
-    if path in ("/early", "/late") and name != "wsgiref":
+    if kind.startswith("a body") and name != "wsgiref":
         assert response["Transfer-Encoding"] == "chunked"
-    assert client.get("/list").text == "2"
+    response = client.get("/list")
+    assert response.text == "2"
+    if name in ("wsgiref", "waitress"):  # others never count a body
+        assert response["Content-Length"] == "1" and response["Transfer-Encoding"] is None
 
 
 def test_real_servers_survive_broken_applications_and_clients_that_go_away_and_the_session_is_free(known):
