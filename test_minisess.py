@@ -69,7 +69,6 @@ import urllib.request
 import uuid
 import warnings
 import weakref
-import zipfile
 import zoneinfo
 from dataclasses import dataclass, field
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -4625,19 +4624,6 @@ def test_a_frameworks_request_adapts_to_its_session(name):
         assert [browser.get().text for _ in range(2)] == ["1", "2"]
 
 
-def test_starlettes_middleware_closes_no_body_and_the_session_is_let_go():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wsgi, client = package("starlette.middleware.wsgi"), package("starlette.testclient")
-        browser = held(script("200 OK", ..., count, LookupError))
-        visitor = client.TestClient(wsgi.WSGIMiddleware(browser.application), cookies=browser.cookies)
-        assert visitor.get("/count").text == "2"
-        for _ in range(2):
-            with pytest.raises(LookupError):
-                visitor.get("/")
-        assert visitor.get("/count").text == "5"
-
-
 def test_gevent_that_patches_late_stops_no_request_that_waits():
     """The module is imported and has served requests; then everything is patched."""
     package("gevent")
@@ -5099,17 +5085,6 @@ def test_a_page_behind_the_login_opens_to_the_right_name_and_password_and_to_nob
     assert alice.get("/nowhere").status == "404 Not Found"
 
 
-@pytest.mark.parametrize("fields, age, away", [({"remember": "on"}, ["Max-Age=2592000"], 30 * DAY), ({}, [], 1800)])
-def test_who_ticks_remember_me_is_known_for_30_days_and_others_for_half_an_hour(wonderland, fields, age, away):
-    alice, other = Person(wonderland.site), wonderland.enter(**fields)
-    assert re.findall(r"Max-Age=\d+", alice.log_in(**fields)["Set-Cookie"]) == age
-    assert all(("remembered" in words) is bool(fields) for _, _, words, _ in alice.devices())
-    wonderland.clock.advance(away - 100)
-    assert alice.may_enter()
-    wonderland.clock.advance(100)
-    assert not other.may_enter()
-
-
 def test_your_devices_are_listed_with_what_they_are_since_when_and_last_seen(wonderland):
     phone = wonderland.enter(agent=IPHONE, remember="on")
     wonderland.clock.advance(2 * DAY)
@@ -5118,7 +5093,7 @@ def test_your_devices_are_listed_with_what_they_are_since_when_and_last_seen(won
     assert [device[:2] for device in desk.devices()] == [("Safari on iPhone", False), ("Firefox on Windows", True)]
     words = [device[2] for device in desk.devices()]
     assert "15 Jan 2027, 08:00 UTC, remembered" in words[0] and "Last seen 2 days ago" in words[0]
-    assert "17 Jan 2027, 08:00 UTC" in words[1] and "Last seen now" in words[1]
+    assert "17 Jan 2027, 08:00 UTC<br>" in words[1] and "Last seen now" in words[1]
     # Looking is being seen, though an eighth of 30 days is far.
     phone.get("/")
     wonderland.clock.advance(60)
@@ -5200,13 +5175,12 @@ def test_pages_of_the_login_wait_for_no_request_are_escaped_kept_by_no_cache_and
 def test_the_curl_lines_of_the_login_do_what_stands_behind_them(tmp_path):
     from examples import login
 
-    bash, curl = program("bash"), program("curl")
-    lines = [line[4:] for line in login.__doc__.splitlines() if re.match("    (curl|post|form|cp)", line)]
+    program("curl")
+    lines = re.findall("^    ((?:curl|post|form|cp).*)", login.__doc__, re.M)
     lines = [line if "()" in line or line.startswith("cp") else f"echo '--'; {line}" for line in lines]
-    environment = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(curl), os.environ["PATH"]])}
     with in_thread(login.make_application(MemoryStore())) as port:
-        command = [bash, "-c", "\n".join(lines).replace("127.0.0.1:8000", f"127.0.0.1:{port}")]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = [program("bash"), "-c", "\n".join(lines).replace(":8000", f":{port}")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     answers = done.stdout.split("--\n")[1:]
     promised = [line.rpartition("# ")[2] for line in lines if line.startswith("echo")]
     assert len(answers) == len(promised) == 7, done.stderr
@@ -5423,9 +5397,7 @@ def test_the_code_in_the_readme_runs_block_by_block(tmp_path, redis_server, post
         "redis://sessions.internal": f"redis://127.0.0.1:{redis_server.address}",
         "host=sessions.internal dbname=app": str(postgres_server.address),
     }
-    command = [sys.executable, "-c", f"import test_minisess as t; t.run_readme({places!r})"]
-    environment = {**os.environ, "SECRET": SECRET}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=100)
+    done = run_python(f"run_readme({places!r})", SECRET=SECRET)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stdout.count("ran: ") == len(readme_blocks("python", "pycon")) > 5
 
@@ -5597,27 +5569,22 @@ def test_the_docstrings_code_runs():
 def test_the_wheel_made_of_the_source_package_is_the_module_with_its_types(tmp_path):
     package("build")
     package("hatchling")
-    if not os.path.exists(os.path.join(HERE, "pyproject.toml")):
-        pytest.skip("this isn't a checkout")
     source, dist, installed = tmp_path / "source", tmp_path / "dist", tmp_path / "installed"
     shutil.copytree(HERE, source, ignore=shutil.ignore_patterns(".git", "*cache*", "*.egg-info"))
     # Both from the checkout and nothing but it: no network, no build isolation.
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    wheel, archive = [next(dist.glob(f"*.{kind}")) for kind in ("whl", "tar.gz")]
-    assert wheel.name == f"minisess-{minisess.__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel) as opened:
-        names = {name for name in opened.namelist() if ".dist-info/" not in name}
-        metadata = opened.read(f"minisess-{minisess.__version__}.dist-info/METADATA").decode()
-    assert names == {"minisess.py", "minisess-stubs/__init__.pyi"}
-    assert "Requires-Dist" not in metadata and "Requires-Python: >=3.10" in metadata
-    with tarfile.open(archive) as opened:
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     expected = "minisess.py test_minisess.py README.md LICENSE CHANGELOG.md pyproject.toml PKG-INFO examples/counter.py"
     assert set(expected.split()) <= names
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", installed, wheel]
-    subprocess.run(pip, check=True, capture_output=True)
-    ask = [sys.executable, "-c", "import minisess; print(minisess.__file__)"]
-    told = subprocess.run(ask, cwd=installed, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
-    assert told.stdout.strip() == str(installed / "minisess.py")
+    name = f"minisess-{minisess.__version__}"
+    wheel, about = dist / f"{name}-py3-none-any.whl", f"{name}.dist-info"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", installed, wheel], check=True, capture_output=True)
+    names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    assert {name for name in names if not name.startswith(about)} == {"minisess.py", "minisess-stubs/__init__.pyi"}
+    metadata = (installed / about / "METADATA").read_text("utf-8")
+    assert "Requires-Dist" not in metadata and "Requires-Python: >=3.10" in metadata
+    assert (installed / "minisess.py").read_bytes() == pathlib.Path(HERE, "minisess.py").read_bytes()
