@@ -4488,7 +4488,7 @@ def test_a_client_cannot_make_the_server_keep_anything_by_looking():
 def test_what_the_client_sends_never_comes_back_in_a_header_and_an_id_that_it_made_up_is_never_adopted():
     evil = 'sid=x\r\nX-Evil: 1; sid="\r\nSet-Cookie: a=b"; sid=' + "%0d%0a" * 7 + "x; sid=" + FOREIGN[0]
     guest = Guest(MemoryStore(), secure=True)
-    guest.do(LOG_IN, HTTP_COOKIE=evil + "; " + evil.replace("sid=", "__Host-sid="))
+    guest.do(put(n=1), HTTP_COOKIE=evil + "; " + evil.replace("sid=", "__Host-sid="))
     assert {name for name, _ in guest.response.headers} == {"Content-Type", "Vary", "Set-Cookie", "Cache-Control"}
     sent = "".join(value for _, value in guest.response.headers)
     assert not re.search("\r|\n|evil|" + FOREIGN[0], sent, re.IGNORECASE)
@@ -4534,16 +4534,16 @@ def test_a_login_that_comes_in_as_soon_as_a_request_lets_go_is_for_its_own_clien
         def save(self, session):
             super().save(session)
             if waiting:
-                waiting.pop().do(LOG_IN)
+                waiting.pop().get("/login")
 
-    store, waiting = Overtaken(), []
-    attacker = Guest(store, persistent=persistent)
-    attacker.do(put(basket=1))
-    victim = Guest(store, attacker.cookies, persistent=persistent)
+    waiting, app = [], acting(visited, login=LOG_IN)
+    attacker = Browser(SessionMiddleware(app, Overtaken(), persistent=persistent))  # whose body is a list
+    attacker.get()
+    victim = Browser(attacker.application, cookies=attacker.cookies)
     waiting.append(victim)
-    attacker.do(put(basket=2))
-    assert victim.sid not in str(attacker.response.headers) and attacker.do(vars) == {}
-    assert victim.do(lambda session: (session.owner, session.basket)) == ("ann", 2)
+    response = attacker.get()
+    assert victim.cookies["sid"] not in str(response.headers)
+    assert (attacker.get().text, victim.get().text) == ("1", "3")
 
 
 def test_the_log_tells_programs_what_happens_to_which_session_of_whom_and_why(store_of_kind, caplog):
