@@ -5309,10 +5309,7 @@ def readme_blocks(*languages):
 
 
 def run_readme(places):
-    """Run all of README's Python in one namespace, as somebody would who typed it, and visit each application.
-
-    In a process of its own: Django can be set up only once.
-    """
+    """Run all of README's Python in one namespace (in a process of its own, for Django), and visit each application."""
     module = sys.modules["readme"] = types.ModuleType("readme")
     server = types.SimpleNamespace(serve_forever=lambda: None)
     sys.modules["wsgiref.simple_server"].make_server = lambda host, port, app: setattr(module, "served", app) or server
@@ -5402,6 +5399,7 @@ MISTAKES = [
     (lambda p: ISession({"PATH_INFO": "/"}), CannotAdapt, ["dict to ISession", "in SessionMiddleware"]),
     (lambda p: IThing(session_()), CannotAdapt, ["registerAdapter(factory, Session", "IThing(obj, None)"]),
     (lambda p: ICounter(), TypeError, ["ICounter() needs the object to adapt", "ICounter(session)"]),
+    (lambda p: ISession(default=None), TypeError, ["ISession() needs the object to adapt"]),
     # Interfaces and adapters
     (lambda p: registerAdapter(Counter, Session, ICounter), DuplicateAdapter, ["ICounter", "registry.unregister"]),
     (lambda p: registerAdapter(IBird, Session, IAnimal), TypeError, ["is an interface", "@implementer(IAnimal)"]),
