@@ -4517,12 +4517,12 @@ def test_a_request_in_flight_with_the_old_id_is_not_given_the_new_one(store_of_k
         victim.do(move)
         with pytest.raises(SessionError, match=r"before session\.release\(\)|ended"):
             session.login("eve")
-        return session.ended
+        return visited(session) if session.ended else "not known yet"  # a store outside is asked by ISession
 
     attacker = Guest(store_of_kind, persistent=True)
     attacker.do(put(basket=1))
     planted, victim = attacker.sid, Guest(store_of_kind, attacker.cookies, persistent=True)
-    assert attacker.do(work) == isinstance(store_of_kind, MemoryStore)  # a store outside is asked by ISession
+    assert attacker.do(work) == (1 if isinstance(store_of_kind, MemoryStore) else "not known yet")
     assert attacker.was_told is None  # neither the new id, nor a deletion of what the login just set
     assert attacker.sid == planted and attacker.do(vars) == {}
     assert victim.do(vars) == ({} if move is EXPIRE else {"basket": 2})
