@@ -2445,7 +2445,7 @@ class PersistentStore:
             _log(logging.INFO, "busy", key[:16], "is busy")
             raise
         finally:
-            if raw is None or raw is HELD:
+            if raw is HELD or not raw:
                 self.holds.free(key, token)
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
@@ -2567,10 +2567,12 @@ class PersistentStore:
         return b""
 
     def _lose(self, session: Session, moved: bool = False) -> None:
+        record = session._record
         if not moved:  # else another request has told the client of a new uid
-            session._record.hold = self.holds.holders.get(session._record.key)
+            record.hold = self.holds.holders.get(record.key)
         _lost(session)
         session._cut()
+        self.holds.free(record.key, session._token)
 
     def touch(self, session: Session) -> None:
         record, now = session._record, self.clock()

@@ -1913,6 +1913,7 @@ class RandomWalk:
         else:
             model = self.move(session, model, self.random.choice(["ann", "bob"]) if change == "login" else None)
         self.store.save(session)
+        assert not session._is_holding()
         if alive:
             model["lastModified"] = self.clock.now
             self.late = [*self.late[-9:], (session, model, self.contents(model), session.uid)]
@@ -3069,6 +3070,7 @@ def test_who_reads_the_database_learns_no_uid_and_who_writes_makes_no_session(pl
         assert [r.getMessage().partition("security")[1] for r in caplog.records] == ["security"] * 2 * bool(bad)
         assert {r.event for r in caplog.records} <= {"refused"} and uid not in caplog.text
         assert (store.sweep(), store.read(key), unpickled) == (0, bad, [])  # left alone
+        assert key not in store.holds.holders
 
 
 def test_applications_with_different_secrets_in_one_place_never_touch_each_others_sessions(place, unpickled, caplog):
