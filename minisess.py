@@ -1371,8 +1371,8 @@ def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     for holds in list(_all_holds):
-        holds.holders.clear()
-        holds.lines.clear()
+        # New ones, for without a GIL one of those threads may have locked the old ones for ever.
+        holds.holders, holds.lines = {}, {}
         holds._lock = threading.Lock()
 
 
@@ -1829,7 +1829,6 @@ class MemoryStore:
             raise ValueError(f"capacity is the largest number of sessions, 1 or more, not {capacity!r}")
         self.capacity, self.strict, self.clock = capacity, strict, clock
         self.holds = _Holds()
-        self._holders = self.holds.holders
         self._records: dict[str, _Record] = {}
         self._owned: dict[str, dict[_Record, None]] = {}
         self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
@@ -1857,7 +1856,7 @@ class MemoryStore:
             return self._missing(uid, now)
         session = Session(self, record, request)
         token = session._token
-        if self._holders.setdefault(uid, token) is not token:
+        if self.holds.holders.setdefault(uid, token) is not token:
             try:
                 self.holds.wait(uid, token, patience)
             except SessionBusy:
@@ -1896,7 +1895,7 @@ class MemoryStore:
         key = record.key
         if session._base is not None:
             self.save_late(session)
-        elif record.state is _STORED and self._holders.get(key) is token:
+        elif record.state is _STORED and self.holds.holders.get(key) is token:
             if self.strict:
                 _dump(session)
             record.lastModified = self.clock()
@@ -2095,7 +2094,7 @@ class MemoryStore:
         """Take *record* out (alone); was it there?  Who takes it out ends it."""
         if self._records.get(record.key) is not record:
             return False
-        record.hold, record.state = self._holders.get(record.key), _ENDED
+        record.hold, record.state = self.holds.holders.get(record.key), _ENDED
         self._records.pop(record.key, None)
         self._parked.discard(record)
         self._disown(record, record.owner)
@@ -2463,7 +2462,7 @@ class PersistentStore:
             _log(logging.INFO, "busy", key[:16], "is busy")
             raise
         finally:
-            if raw is None or raw is HELD:
+            if raw is HELD or not raw:
                 self.holds.free(key, token)
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
@@ -2585,10 +2584,12 @@ class PersistentStore:
         return b""
 
     def _lose(self, session: Session, moved: bool = False) -> None:
+        record = session._record
         if not moved:  # else another request has told the client of a new uid
-            session._record.hold = self.holds.holders.get(session._record.key)
+            record.hold = self.holds.holders.get(record.key)
         _lost(session)
         session._cut()
+        self.holds.free(record.key, session._token)
 
     def touch(self, session: Session) -> None:
         record, now = session._record, self.clock()

@@ -1911,6 +1911,7 @@ class RandomWalk:
         else:
             model = self.move(session, model, self.random.choice(["ann", "bob"]) if change == "login" else None)
         self.store.save(session)
+        assert not session._is_holding()
         if alive:
             model["lastModified"] = self.clock.now
             self.late = [*self.late[-9:], (session, model, self.contents(model), session.uid)]
@@ -1997,7 +1998,8 @@ OWN = [*HINTS, *"created expires ended handle authenticated expire login setComp
             for seconds in (0, -1, "5", True, float("nan"))
         ),
         *((lambda s, n=n: MemoryStore(capacity=n), ValueError, "capacity") for n in (-1, 1.5, "3")),
-        (operator.methodcaller("__delattr__", "foo"), AttributeError, "foo"),
+        # (PyPy says nothing, if the object's __dict__ was set.)
+        pytest.param(operator.methodcaller("__delattr__", "foo"), AttributeError, "foo", marks=CPYTHON),
         (operator.attrgetter("permanent"), AttributeError, "remember="),
     ],
 )
@@ -2117,7 +2119,8 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
                 while not stop.is_set():
                     application(Browser(None, cookies={"sid": uid}).environ(), lambda *_: None)
             except Interrupted:
-                hits.append(uid)
+                pass  # no more, for a second one here would end the thread and be kept with the request of the first
+            hits.append(uid)
 
     application = SessionMiddleware(script(count, "200 OK", []), store_of_kind, patience=5)
     uids = [new_session(store_of_kind, 1000, 1000, foo=1).uid for _ in range(3)]
@@ -3077,6 +3080,7 @@ def test_who_reads_the_database_learns_no_uid_and_who_writes_makes_no_session(pl
         assert [r.getMessage().partition("security")[1] for r in caplog.records] == ["security"] * 2 * bool(bad)
         assert {r.event for r in caplog.records} <= {"refused"} and uid not in caplog.text
         assert (store.sweep(), store.read(key), unpickled) == (0, bad, [])  # left alone
+        assert key not in store.holds.holders
 
 
 def test_applications_with_different_secrets_in_one_place_never_touch_each_others_sessions(place, unpickled, caplog):
@@ -3384,8 +3388,10 @@ def test_a_request_that_outlasts_its_lease_changes_nothing_of_its_successor(plac
                 theirs.login("bob")
             if successor != "at work":
                 other.save(theirs)
-        if attempt != "save":
-            session.renew() if attempt == "renew" else 1 / 0
+        if attempt == "renew":
+            session.renew()
+        elif attempt == "fail":
+            raise ZeroDivisionError
 
     lost = SessionConflict if successor in ("at work", "done") else SessionError if attempt == "renew" else ()
     error = ZeroDivisionError if attempt == "fail" else lost if successor != "nobody" else ()
@@ -3542,7 +3548,8 @@ def test_an_sqlite_file_is_its_owners_only_and_an_error_names_it_if_it_is_read_o
             os.seteuid(me)
             os.chmod(folder, 0o755)
             os.chmod(store.path, 0o644)
-        assert IKept(store.open(uid)) == b"here"  # nothing is lost
+        with visit(store, uid) as session:
+            assert IKept(session) == b"here"  # nothing is lost
         for path in pathlib.Path(folder).iterdir():
             path.unlink()
         with pytest.raises(StoreError, match=f"{folder}/store was deleted"):
@@ -4154,7 +4161,8 @@ def test_reading_cookies_takes_linear_time(piece):
 
     def cost(size):
         asked = {**environ, "HTTP_COOKIE": (piece * (size // len(piece) + 1))[:size]}
-        return min(timeit.repeat(lambda: application(asked.copy(), lambda *args: None), number=1, repeat=7))
+        request = functools.partial(application, start_response=lambda *args: None)
+        return min(timeit.repeat(lambda: request(asked.copy()), timer=time.thread_time, number=1, repeat=7))
 
     # Eight times the length; quadratic would be 64 times the cost.
     assert cost(65536) < 30 * cost(8192) + 0.001
