@@ -4620,6 +4620,18 @@ def test_a_frameworks_request_adapts_to_its_session(name):
         assert [browser.get().text for _ in range(2)] == ["1", "2"]
 
 
+def test_starlettes_middleware_closes_no_body_and_the_session_is_let_go():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wsgi, client = package("starlette.middleware.wsgi"), package("starlette.testclient")
+        browser = held(script("200 OK", ..., count, LookupError))
+        visitor = client.TestClient(wsgi.WSGIMiddleware(browser.application), cookies=browser.cookies)
+        for _ in range(2):
+            with pytest.raises(LookupError):
+                visitor.get("/")
+        assert visitor.get("/count").text == "4"
+
+
 def test_gevent_that_patches_late_stops_no_request_that_waits():
     """The module is imported and has served requests; then everything is patched."""
     package("gevent")
