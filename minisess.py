@@ -3555,7 +3555,7 @@ class _Exchange:
         middleware, record = self._middleware, session._record
         # The uid is read before the hold is let go of: afterwards it may be another's.
         uid, refreshed = record.uid, False
-        if status[:1] == "5":
+        if status >= "5":
             self.abort()
         elif session._base is not None:
             session._store.save_late(session)
@@ -3608,7 +3608,7 @@ class _Exchange:
         session = self._session
         self._over = True
         try:
-            if not self._sent or self._response[0][:1] == "5":
+            if not self._sent or self._response[0] >= "5":
                 self.abort()
             elif session is not None and session._record.state is _STORED:
                 late = session._base is not None
