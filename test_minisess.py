@@ -1946,29 +1946,23 @@ class RandomWalk:
 
 HINTS = {"owner": "login(owner)", "lifetime": "setLifetime(seconds)", "uid": "renew()", "lastModified": "touch()"}
 OWN = [*HINTS, *"created expires ended handle authenticated expire login setComponent removeComponent".split()]
-
-
+TIMES = 0, -1, "5", True, float("nan")
+CALLBACKS = (lambda: None), print, "append".upper, Witness("w").ended
 # What a newcomer tries is at the end of this file; these are the others.
-@pytest.mark.parametrize(
-    ("use", "error", "advice"),
-    [
-        *((operator.methodcaller("__setattr__", n, 1), AttributeError, HINTS.get(n, "another name")) for n in OWN),
-        *((operator.methodcaller("__delattr__", n), AttributeError, HINTS.get(n, "another name")) for n in OWN),
-        *((operator.methodcaller("login", owner), TypeError, "an owner is a name") for owner in (None, "", 7, b"a")),
-        *(
-            (operator.methodcaller(*call, seconds), ValueError, "positive number of seconds")
-            for call in (["setLifetime"], ["login", "ann"])
-            for seconds in (0, -1, "5", True, float("nan"))
-        ),
-        *((lambda s, n=n: MemoryStore(capacity=n), ValueError, "capacity") for n in (-1, 1.5, "3")),
-        *(
-            (operator.methodcaller("notifyOnExpire", call), TypeError, "method of one of the session's components")
-            for call in (lambda: None, print, "append".upper, Witness("w").ended)
-        ),
-        (operator.methodcaller("__delattr__", "foo"), AttributeError, "foo"),
-        (operator.attrgetter("permanent"), AttributeError, "remember="),
-    ],
-)
+MORE_MISTAKES = [
+    *((operator.methodcaller("__setattr__", n, 1), AttributeError, HINTS.get(n, "another name")) for n in OWN),
+    *((operator.methodcaller("__delattr__", n), AttributeError, HINTS.get(n, "another name")) for n in OWN),
+    *((operator.methodcaller("login", owner), TypeError, "an owner is a name") for owner in (None, "", 7, b"a")),
+    *((operator.methodcaller("login", "ann", t), ValueError, "remember is a positive number") for t in TIMES),
+    *((operator.methodcaller("setLifetime", t), ValueError, "lifetime is a positive number of seconds") for t in TIMES),
+    *((operator.methodcaller("notifyOnExpire", c), TypeError, "method of one of the session's") for c in CALLBACKS),
+    *((lambda s, n=n: MemoryStore(capacity=n), ValueError, "capacity") for n in (-1, 1.5, "3")),
+    (operator.methodcaller("__delattr__", "foo"), AttributeError, "foo"),
+    (operator.attrgetter("permanent"), AttributeError, "remember="),
+]
+
+
+@pytest.mark.parametrize("use, error, advice", MORE_MISTAKES)
 def test_what_a_session_refuses_changes_nothing_and_the_error_says_what_to_do(use, error, advice):
     session, own = MemoryStore(strict=True).create(LIFETIME, MAX_LIFETIME), operator.attrgetter(*OWN)
     before = own(session)
