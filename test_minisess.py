@@ -25,7 +25,6 @@ import concurrent.futures
 import contextlib
 import datetime
 import decimal
-import dis
 import doctest
 import enum
 import fractions
@@ -39,7 +38,6 @@ import inspect
 import io
 import ipaddress
 import itertools
-import json
 import logging
 import multiprocessing
 import operator
@@ -377,32 +375,6 @@ def interface(name, *bases):
 
 # The module
 # ---------------------------------------------------------------------------
-
-
-def forward_references(source):
-    """(line, name) of what is read above its definition at module level, inside bodies, too."""
-    # Without what only type checkers read.
-    source = source.replace("if TYPE_CHECKING:", "if 0:").replace("if not TYPE_CHECKING:", "if 1:")
-    codes, defined, reads = [compile(source, "module", "exec")], {}, []
-    for code in codes:
-        codes += [nested for nested in code.co_consts if hasattr(nested, "co_code")]
-        starts, line, own = dict(dis.findlinestarts(code)), 0, defined if code is codes[0] else {}
-        for step in dis.get_instructions(code):
-            line = starts.get(step.offset) or line
-            if step.opname == "STORE_NAME":
-                own.setdefault(step.argval, line)
-            elif step.opname in ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"):
-                reads += [(line, step.argval)] if own is defined or step.argval not in own else []
-    return sorted({(line, name) for line, name in reads if line < defined.get(name, 0)})
-
-
-@CPYTHON
-def test_every_name_is_defined_above_its_use_function_bodies_included():
-    source = (
-        "def early(x, late=2): return [unseen for unseen in LATE]\nclass Late:\n def own(self): return Late\nLATE = 1"
-    )
-    assert forward_references(source) == [(1, "LATE")]  # so it sees one
-    assert forward_references(inspect.getsource(minisess)) == []
 
 
 def test_the_sections_come_in_the_order_of_the_map_the_library_is_enough_and_all_public_names_are_there():
