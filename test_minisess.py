@@ -1145,6 +1145,8 @@ class StoreContract:
     def store(self, clock):
         return self.make_store(clock)
 
+    # What is stored
+
     def test_it_keeps_sessions_that_hold_anything_and_opens_no_uid_that_it_never_gave(self, store, clock, register):
         class Passing(Adapter):
             temporaryAdapter = True
@@ -1169,6 +1171,8 @@ class StoreContract:
         for uid in ("", "x", "A" * 43, "../../etc/passwd", "\x00", "é" * 43):
             assert store.open(uid) is store.peek(uid) is None
         assert len(store) == 4
+
+    # Expiry
 
     # What the random walk hasn't: the first and the last moment, and limits that are none or long.
     @pytest.mark.parametrize(
@@ -1265,6 +1269,8 @@ class StoreContract:
         assert [(r.name, r.event, r.exc_info[0]) for r in failed] == [("minisess", "failed", error)] * len(ended)
         assert session.uid not in caplog.text
 
+    # Ending
+
     @pytest.mark.parametrize("by", ["itself", "another request"])
     def test_expire_ends_it_at_once_and_what_its_request_does_afterwards_is_lost(self, store, by, caplog):
         caplog.set_level(logging.INFO, "minisess")
@@ -1338,6 +1344,8 @@ class StoreContract:
             assert admin.expireAll("ann") == 1 and not lives(admin, running.result())
         assert len(store) == 0
 
+    # Renewing
+
     @MOVES
     def test_the_old_id_is_dead_at_once_and_for_60_seconds_known_to_have_moved(self, store, clock, move, caplog):
         caplog.set_level(logging.INFO, "minisess")
@@ -1402,6 +1410,8 @@ class StoreContract:
         store.save(mine)
         with visit(store, uid, patience=0) as again:
             assert vars(again) == {"foo": 1} and ICounter not in again
+
+    # Holding
 
     def test_who_came_first_is_served_first(self, store):
         def wait():
@@ -1470,6 +1480,8 @@ class StoreContract:
             assert vars(again) == {"foo": 2, "bar": 2, "baz": 3}
             again.expire()
         assert Witness.saw == ["w"]
+
+    # Running without a hold
 
     @MOVES
     def test_a_planted_id_shows_nothing_of_what_the_victims_login_brings(self, store, move):
