@@ -886,7 +886,7 @@ class _Hint:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.__doc__ = name, f"Not a session's: {_INSTEAD[name]}"
 
     def __get__(self, session: object, kind: Any = None) -> Any:
         advice = f"this session has no attribute {self.name!r}: {_INSTEAD[self.name]}"
@@ -1137,7 +1137,7 @@ for _key, _each in {**vars(Componentized), **vars(Session)}.items():
 for _key in _INSTEAD.keys() - vars(Session).keys():
     setattr(Session, _key, _Hint(_key))
 for _key in ("modified", "permanent"):  # other libraries want these to be set; here that would do nothing
-    setattr(Session, _key, _guard(_key, _Hint(_key).__get__))
+    setattr(Session, _key, _guard(_key, _Hint(_key).__get__, _Hint(_key).__doc__))
 _keepers |= {Session.__conform__, vars(Session)["getComponent"]}
 
 GuardSession = Session
@@ -1269,6 +1269,8 @@ class _Holds:
     when nobody waits is another.  Who must wait lines up: first come, first served.
     """
 
+    _overdue = 1  # who has had the lock for so many seconds has died with it
+
     def __init__(self) -> None:
         self.holders: dict[str, Any] = {}  # by key: the token
         self.lines: dict[str, dict[int, Any]] = {}  # by key: weak references to those who wait, in order
@@ -1325,7 +1327,7 @@ class _Holds:
                 # Each time anew: who leaves the line last takes it away, and may not see who has just come.
                 line = self.lines.setdefault(key, {})
                 line[number] = ref(waiter)
-                first = next(iter(list(line))) == number
+                first = next((n for n, each in list(line.items()) if each() is not None), number) == number
                 taken = self.holders.get(key) is token or (first and self.take_over(key, token))
                 rest = end - time.monotonic()
                 if taken or rest <= 0:
@@ -1358,8 +1360,8 @@ class _Holds:
         """Take *key* if it is free or its holder is dead; is it ours?"""
         holder = self.holders.setdefault(key, token)
         if holder is not token and holder() is None:
-            # Only here is it replaced while it is held.  Who has this lock for a second has died in here.
-            self._lock.acquire(timeout=1)
+            # Only here is it replaced while it is held.
+            self._lock.acquire(timeout=self._overdue)
             if self.holders.get(key) is holder:
                 self.holders[key] = token
             _unlock(self._lock)

@@ -1931,7 +1931,9 @@ def interrupt_at(number, work):
     ids="looking changing creating renewing login another ending releasing".split(),
 )
 @CPYTHON
-def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked(before, work, store_of_kind):
+def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked(
+    before, work, store_of_kind, monkeypatch
+):
     def afterwards(uid):
         """What must go on working, for this visitor (if the session is there still) and for others."""
         session = store.open(uid, patience=0)
@@ -1944,6 +1946,7 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked
         store.sweep()
         store.expireAll("bob")
 
+    monkeypatch.setattr(minisess._Holds, "_overdue", 0.001)
     store = store_of_kind
     application = script(lambda environ: work(ISession(environ)) and None, "200 OK", [])
     application = SessionMiddleware(application, store, patience=0)
@@ -1952,6 +1955,7 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held_or_locked
         if before:
             before(session)
         store.save(session)
+        store.open(session.uid)  # by somebody who dies with it
         environ = Browser(None, cookies={"sid": session.uid}).environ()
         # In a thread of its own: CPython may go on handling what was handled at that bytecode, with its traceback.
         request = functools.partial(application, environ, lambda status, headers: None)
