@@ -3438,7 +3438,7 @@ class _Exchange:
                 session = self._search(uid, header, tried, session, peeking)
             else:
                 self._came = uid
-        if session is None or session is MOVED:
+        if self._came is None:
             if peeking:
                 return None
             session = self._create(session is MOVED)
