@@ -3409,8 +3409,7 @@ class _Exchange:
     _opened: list[Session]  # what threads of this request have opened at once: the first is everyone's
     _session: Any
     _look: Any  # what `peek` has answered
-    # From the moment when a session is asked for:
-    _secure: bool  # does the cookie need Secure?
+    _secure: bool  # does the cookie need Secure?  (Known when a session is asked for.)
     _came: str | None  # the uid of the live session that the request came with
     _gone: bool  # has that ended while this request held it?
     _cookie: str | None  # a Set-Cookie header
@@ -3424,7 +3423,6 @@ class _Exchange:
     def open(self, environ: dict[str, Any], peeking: bool = False) -> Any:
         """The live session that the request has a cookie of, or else a new one (None for who only looks)."""
         middleware, session, tried = self._middleware, None, ""
-        self._came, self._cookie, self._gone = None, None, False
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         header = environ.get("HTTP_COOKIE")
         if header is not None:
@@ -3438,7 +3436,7 @@ class _Exchange:
                 session = self._search(uid, header, tried, session, peeking)
             else:
                 self._came = uid
-        if self._came is None:
+        if session is None or session is MOVED:
             if peeking:
                 return None
             session = self._create(session is MOVED)
@@ -3817,8 +3815,8 @@ class SessionMiddleware:
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
         exchange._middleware, exchange._outer, exchange._start = self, outer, start_response
-        exchange._session = exchange._response = result = None
-        exchange._sent = exchange._over = False
+        exchange._session = exchange._response = exchange._came = exchange._cookie = result = None
+        exchange._sent = exchange._over = exchange._gone = False
         exchange._opened, exchange._look = [], _MISSING
         try:
             result = self.app(environ, exchange.start_response)
