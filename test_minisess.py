@@ -4,7 +4,7 @@
     The module         what it looks like as a text
     The mail           the behaviours with which it started
     Errors, Interfaces, Look-up order, Look-ups compared with zope.interface, Components, Types
-    Sessions, Holding, Records, Memory store, Persistent stores
+    Sessions, Holding, Memory store, Records, Persistent stores
     Cookies            what is sent, and what is read
     WSGI               each way to answer, peek, requests in parallel
     Security           what an attacker may try, what the log says
@@ -2461,7 +2461,7 @@ def sqlite(place_of):
     return place_of("sqlite").store()
 
 
-class TestStoresOutside(StoreContract):
+class TestOtherStoresContract(StoreContract):
     """SQLite, PostgreSQL, Redis, and the example of a store of one's own."""
 
     steps, seeds = 100, (1,)
@@ -2484,7 +2484,7 @@ class TestStoresOutside(StoreContract):
         super().let_a_minute_pass(store, clock, uid)
 
 
-# Persistent stores: what can be stored
+# Records: what can be stored
 # ---------------------------------------------------------------------------
 
 
@@ -2686,7 +2686,7 @@ def test_a_class_that_no_other_process_can_find_is_warned_about_once(sqlite, cap
     assert "<locals>.Here" in record.getMessage() and record.event == "unfindable"
 
 
-# Persistent stores: classes that come and go
+# Records: classes that come and go
 # ---------------------------------------------------------------------------
 
 
@@ -2801,7 +2801,7 @@ def test_an_interface_that_isnt_imported_keeps_its_component_and_a_renamed_class
     assert b".Box" in raw_record(sqlite, uid) and b".Old" not in raw_record(sqlite, uid)
 
 
-# Persistent stores: seals and what is in a record
+# Records: seals, and what is in one
 # ---------------------------------------------------------------------------
 
 
