@@ -1894,25 +1894,24 @@ class Interrupted(BaseException):
     """What may be raised anywhere: Ctrl-C, a Timeout, a worker's death sentence."""
 
 
-def interrupt_at(number, work):
-    """Call *work*, and raise Interrupted at its bytecode of that number within the module; was there one?"""
-    opcodes = itertools.count(1)
+def interrupt_at(call, number, work):
+    """Call *work*, and raise Interrupted at that bytecode of that call within the module; were there the two?"""
+    calls, opcodes = itertools.count(), itertools.count()
 
-    def call(frame, event, arg):
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return opcode if frame.f_code.co_filename == minisess.__file__ else None
-
-    def opcode(frame, event, arg):
+    def trace(frame, event, arg):
+        if event == "call":
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            return trace if frame.f_code.co_filename == minisess.__file__ and next(calls) == call else None
         if event == "opcode" and next(opcodes) == number:
             sys.settrace(None)
             raise Interrupted
-        return opcode
+        return trace
 
-    sys.settrace(call)
+    sys.settrace(trace)
     with contextlib.suppress(Interrupted):
         work()
     sys.settrace(None)
-    return next(opcodes) > number
+    return next(calls) > call, next(opcodes) > number
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="since 3.12 tracing opcodes misses some")
@@ -1949,7 +1948,8 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
     store = store_of_kind
     application = script(lambda environ: work(ISession(environ)) and None, "200 OK", [])
     application = SessionMiddleware(application, store, patience=0)
-    for number in itertools.count(1):
+    call, number, there = 0, 0, True
+    while there:
         session = store.create(1000, 1000)
         if before:
             before(session)
@@ -1958,12 +1958,12 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
         environ = Browser(None, cookies={"sid": session.uid}).environ()
         # In a thread of its own: CPython may go on handling what was handled at that bytecode, with its traceback.
         request = functools.partial(application, environ, lambda status, headers: None)
-        if not Background(interrupt_at, number, request).result():
-            break
+        there, done = Background(interrupt_at, call, number, request).result()
         del request, environ
-        print("bytecode", number)  # pytest shows it if something is held since
+        print("call", call, "bytecode", number)  # pytest shows it if something is held since
         afterwards(session.uid)
-    assert number > 100
+        call, number = (call, number + 1) if done else (call + 1, 0)
+    assert call > 10
     store.clock.advance(2000)
     store.sweep()
     assert len(store) == 0  # what nobody knows any more ends, too
