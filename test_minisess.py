@@ -1935,11 +1935,10 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
         """What must go on working, for this visitor (if the session is there still) and for others."""
         session = store.open(uid, patience=0)
         session = session if isinstance(session, Session) else store.create(1000, 1000)
-        for step in (put(after=1), RENEW):
-            step(session)
-            store.save(session)
-            session = store.open(session.uid, patience=0)
-        session.expire()
+        session.after = 1
+        session.renew()
+        store.save(session)
+        store.open(session.uid, patience=0).expire()
         store.sweep()
         store.expireAll("bob")
 
@@ -3181,10 +3180,10 @@ def test_4_processes_with_4_threads_lose_no_update(place, tmp_path):
 
 
 def accidents(*arguments):
-    """Three workers, of whom one is killed and replaced every few moments, fifty times."""
+    """Three workers, of whom one is killed and replaced every few moments, thirty times."""
     fork, path, workers = multiprocessing.get_context("fork"), arguments[2], []
     path.touch()
-    for hired in range(56):
+    for hired in range(36):
         if hired >= 3:
             # However slow the machine is: not before a few more responses are there, and then at any moment.
             told = path.stat().st_size
@@ -3194,7 +3193,7 @@ def accidents(*arguments):
             fired.kill()
             fired.join()
             assert fired.exitcode == -signal.SIGKILL, "a worker failed"
-        if hired < 53:
+        if hired < 33:
             workers.append(fork.Process(target=worker, args=arguments))
             workers[-1].start()
 
@@ -3212,7 +3211,7 @@ def test_who_is_killed_loses_nothing_that_a_client_was_told(place, tmp_path):
         assert len(set(told)) == len(told) and max(told) <= hits
         lost += hits - len(told)
     # Whoever is killed may have saved one that it didn't get to tell.
-    assert 0 <= lost <= 53
+    assert 0 <= lost <= 33
     assert time.monotonic() - ended_at < 0.2 + 5
     assert len(store) == len(uids)
 
@@ -3974,7 +3973,6 @@ def serve_as_waitress_does(application, reads=True, sent=False):
 @CPYTHON
 def test_no_request_is_left_to_the_garbage_collector(steps, replaced, how, first):
     application = SessionMiddleware(script(*first, *steps[:1], *replaced, *steps[1:]))
-    gc.collect()
     gc.disable()
     try:
         assert serve_as_waitress_does(application, **how)() is None
