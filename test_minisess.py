@@ -1918,7 +1918,6 @@ def interrupt_at(call, number, work):
 @pytest.mark.parametrize(
     ("before", "work"),
     [
-        (put(n=0), lambda session: getattr(session, "n", 0)),
         (put(n=0), put(n=1)),
         (None, put(n=1)),
         (put(n=0), RENEW),
@@ -1927,7 +1926,7 @@ def interrupt_at(call, number, work):
         (put(n=0), EXPIRE),
         (put(n=0), lambda session: session.release()),
     ],
-    ids="looking changing creating renewing login another ending releasing".split(),
+    ids="changing creating renewing login another ending releasing".split(),
 )
 @CPYTHON
 def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, work, store_of_kind, monkeypatch):
@@ -1986,7 +1985,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     uids = [new_session(store_of_kind, 1000, 1000, n=0).uid for _ in range(3)]
     stop, hits, start = threading.Event(), [], time.monotonic()
     threads = [Background(worker, uid) for uid in [*uids, uids[0]]]
-    while time.monotonic() < start + (1.5 if len(hits) > 100 else 30):
+    while time.monotonic() < start + (1 if len(hits) > 100 else 30):
         time.sleep(0.002)
         target = ctypes.c_ulong(random.choice(threads).ident)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(Interrupted))
@@ -4685,6 +4684,9 @@ class Person(Browser):
 def wonderland(store_of_kind):
     """The login example with its store and clock, and a function that makes somebody who is logged in."""
     from examples import login
+
+    if not hasattr(login.scrypt, "cache_info"):  # which is slow on purpose
+        login.scrypt = functools.cache(login.scrypt)
 
     def enter(**form):
         person = Person(site)
