@@ -1937,8 +1937,9 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
         session.renew()
         store.save(session)
         store.open(session.uid, patience=0).expire()
-        store.sweep()
-        store.expireAll("bob")
+        if number == 0:
+            store.sweep()
+            store.expireAll("bob")
 
     monkeypatch.setattr(minisess._Holds, "_overdue", 0.001)
     gc.collect()  # else what other tests have left would be finalized in here
@@ -1984,7 +1985,7 @@ def test_exceptions_from_other_threads_leave_nothing_held(store_of_kind):
     uids = [new_session(store_of_kind, 1000, 1000, n=0).uid for _ in range(3)]
     stop, hits, start = threading.Event(), [], time.monotonic()
     threads = [Background(worker, uid) for uid in [*uids, uids[0]]]
-    while time.monotonic() < start + (1 if len(hits) > 100 else 30):
+    while time.monotonic() < start + (0.5 if len(hits) > 100 else 30):
         time.sleep(0.002)
         target = ctypes.c_ulong(random.choice(threads).ident)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(Interrupted))
@@ -3178,20 +3179,20 @@ def test_4_processes_with_4_threads_lose_no_update(place, tmp_path):
 
 
 def accidents(*arguments):
-    """Three workers, of whom one is killed and replaced every few moments, thirty times."""
+    """Three workers, of whom one is killed and replaced every few moments, 25 times."""
     fork, path, workers = multiprocessing.get_context("fork"), arguments[2], []
     path.touch()
-    for hired in range(36):
+    for hired in range(28):
         if hired >= 3:
             # However slow the machine is: not before a few more responses are there, and then at any moment.
             told = path.stat().st_size
-            wait_until(lambda told=told: path.stat().st_size >= told + 20)
+            wait_until(lambda told=told: path.stat().st_size >= told + 10)
             time.sleep(random.uniform(0, 0.03))
             fired = workers.pop(random.randrange(len(workers)))
             fired.kill()
             fired.join()
             assert fired.exitcode == -signal.SIGKILL, "a worker failed"
-        if hired < 33:
+        if hired < 25:
             workers.append(fork.Process(target=worker, args=arguments))
             workers[-1].start()
 
@@ -3209,7 +3210,7 @@ def test_who_is_killed_loses_nothing_that_a_client_was_told(place, tmp_path):
         assert len(set(told)) == len(told) and max(told) <= hits
         lost += hits - len(told)
     # Whoever is killed may have saved one that it didn't get to tell.
-    assert 0 <= lost <= 33
+    assert 0 <= lost <= 25
     assert time.monotonic() - ended_at < 0.1 + 5
     assert len(store) == len(uids)
 
