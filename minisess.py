@@ -882,7 +882,7 @@ def _guard(name: str, get: Any, doc: str | None = None, kind: type[property] = p
 class _Hint:
     """A name that other libraries' sessions have: where no attribute is called so, it says what to do instead.
 
-    Strategy: with a `__getattr__` each attribute of a session, ours too, would take ten times as long.
+    Strategy: with a `__getattr__` each attribute of a session, ours too, takes ten times as long on Python 3.11.
     """
 
     def __init__(self, name: str) -> None:
@@ -1137,7 +1137,8 @@ for _key, _each in {**vars(Componentized), **vars(Session)}.items():
 for _key in _INSTEAD.keys() - vars(Session).keys():
     setattr(Session, _key, _Hint(_key))
 for _key in ("modified", "permanent"):  # other libraries want these to be set; here that would do nothing
-    setattr(Session, _key, _guard(_key, _Hint(_key).__get__, _Hint(_key).__doc__))
+    _each = vars(Session)[_key]
+    setattr(Session, _key, _guard(_key, _each.__get__, _each.__doc__))
 _keepers |= {Session.__conform__, vars(Session)["getComponent"]}
 
 GuardSession = Session
@@ -2005,7 +2006,7 @@ class MemoryStore:
         self._cut(record)
         self._own(fresh, new_owner)
         fresh.due = record.due
-        heappush(self._heaps[new_owner is not None], (fresh.due, uid))  # for it, should an exception come now
+        heappush(self._heaps[new_owner is not None], (fresh.due, uid))  # by which it ends, should an exception come now
         self._records[uid] = fresh
         fresh.set(key=uid, uid=uid, state=_STORED, **fields)  # by its key it has moved
         self._schedule(fresh)
@@ -2013,7 +2014,7 @@ class MemoryStore:
         self._parked.discard(record)
         if fresh is not record:
             record.state = _ENDED
-        if fresh is not record or fresh.owner != owner:
+        if fresh is not record or new_owner != owner:
             self._disown(record, owner)
 
     def _cut(self, record: _Record) -> None:
@@ -2743,14 +2744,14 @@ class PersistentStore:
 class _SQLStore(PersistentStore):
     """The operations in SQL, as SQLite and PostgreSQL have it in common.
 
-    In a statement ``?`` is a parameter, TABLE the table, RELAXED what ends a condition that needn't wait for the disk.
+    In a statement ``?`` is a parameter, TABLE the table; RELAXED ends the condition of what needn't wait for the disk.
 
     Strategy: writing a record mostly changes no indexed column, which costs a fifth less.  So `due`,
     which is indexed, is never later than the real deadline, and only put right by the sweep that
     comes upon it.
     """
 
-    _mark, _relaxed = "?", ""  # what this database's driver has for the first and the last of them
+    _mark, _relaxed = "?", ""  # what stands for ? and RELAXED here
 
     def __init__(self, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time) -> None:
         super().__init__(secret=secret, place=table, lease=lease, clock=clock)
@@ -2770,6 +2771,7 @@ class _SQLStore(PersistentStore):
         raise NotImplementedError
 
     def _text(self, sql: str) -> str:
+        """The statement *sql* as this database has it; put together once."""
         text = self._texts.get(sql)
         if text is None:
             text = sql.replace("RELAXED", self._relaxed).replace("?", self._mark).replace("TABLE", self.table)
@@ -3391,10 +3393,10 @@ class _Exchange:
     Only the environ refers to it, so that the hold dies with the request.
     """
 
-    # Strategy: slots, since what a class has as defaults takes ten times as long to read.
+    # Strategy: slots, since on Python 3.11 what a class has as defaults takes ten times as long to read.
     __slots__ = (
-        *("_middleware", "_outer", "_start", "_send", "_response", "_sent", "_over", "_opened", "_session", "_look"),
-        *("_secure", "_came", "_gone", "_cookie", "__weakref__"),
+        "_middleware _outer _start _send _response _sent _over _opened _session _look _secure _came _gone _cookie "
+        "__weakref__".split()
     )
 
     _middleware: SessionMiddleware

@@ -3430,13 +3430,13 @@ def test_postgres_with_serializable_transactions_serves_all(place_of):
         assert store.expireAll("ann") == 200
 
 
-def fill_with(store, place, count, until):
+def fill_with(store, place, count, until, first=0):
     """Store *count* sessions that are due, by what the database says, though they may have been used since."""
     uid, due = kept(store, thing=[1]), store.clock() - 1
     forge(store, uid, lastModified=until - 1800.0)
     body = raw_record(store, uid)[32:]
     store.delete(key_of(store, uid))
-    rows = ((key, sealed(store, key, body), due, "", "", 0) for key in (f"{n:064x}" for n in range(count)))
+    rows = ((key, sealed(store, key, body), due, "", "", 0) for key in (f"{first + n:064x}" for n in range(count)))
     if place.kind == "redis":
         pipeline = place.client.pipeline(transaction=False)
         for key, record, *_ in rows:
@@ -3470,10 +3470,9 @@ def test_sweep_finds_5000_expired_ones_behind_5000_active_ones_and_an_end_that_c
     store = place.store(clock=clock)
     fill_with(store, place, 5000, clock.now + 900)
     forge(store, kept(store, thing=[1]), lifetime=2**70, max_lifetime=2**70)
-    clock.advance(-10)
-    uids = [new_session(store, 5, 100, n=n).uid for n in range(200)]
-    clock.advance(20)
-    assert (store.sweep(), len(store)) == (len(uids), 5001)
+    clock.advance(10)
+    fill_with(store, place, 5000, clock.now, first=5000)
+    assert (store.sweep(), len(store)) == (5000, 5001)
     clock.advance(2000)
     assert store.sweep() == 5000
 
