@@ -1447,6 +1447,8 @@ class StoreContract:
         assert store.peek(uid) is store.open(uid) is None
         clock.advance(40)
         assert (store.sweep(), Witness.saw) == (1, ["w", "too"])
+        store.open(new_session(store, foo=1).uid)
+        assert store.sweep() == 0 and not (self.live and store.holds.holders)  # nor is the dead one's name kept
 
     def test_release_lets_the_next_one_in_and_what_nobody_else_has_changed_is_saved_afterwards(self, store, clock):
         uid, other = new_session(store, foo=1).uid, self.elsewhere(store)
