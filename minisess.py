@@ -1300,19 +1300,22 @@ class _Holds:
 
     def free(self, key: str, token: Any) -> None:
         """Let go of *key*, if *token* holds it: whoever has waited longest gets it."""
-        if self.holders.get(key) is token:
-            for waiter in self._waiting(key) if key in self.lines else ():
-                heir = waiter.token
-                if heir is not None:
-                    self.holders[key] = heir
-                    if waiter.token is None:  # it has given up at this moment
-                        self.free(key, heir)
-                    break
-            else:
-                self.holders.pop(key, None)
+        if self.holders.get(key) is token and (key not in self.lines or not self._pass_on(key)):
+            self.holders.pop(key, None)
         if key in self.lines:
             for waiter in self._waiting(key)[:1]:  # who has it now, or has lined up meanwhile
                 _unlock(waiter.lock)
+
+    def _pass_on(self, key: str) -> bool:
+        """Let who has waited longest hold *key*; is there somebody?"""
+        for waiter in self._waiting(key):
+            heir = waiter.token
+            if heir is not None:
+                self.holders[key] = heir
+                if waiter.token is None:  # it has given up at this moment
+                    self.free(key, heir)
+                return True
+        return False
 
     def _waiting(self, key: str) -> list[_Waiter]:
         line = self.lines.get(key)
@@ -1501,8 +1504,8 @@ class _Writer(pickle.Pickler):
             raise self.offence(f"an object of class {_name(kind)} ({error})") from error
         if isinstance(reduced, str):
             raise self.offence(f"{reduced} of {kind.__module__}")
-        cls, args, *rest = reduced
-        state, items, pairs = (*rest, None, None, None)[:3]
+        padded: tuple[Any, ...] = (*reduced, None, None, None)
+        cls, args, state, items, pairs = padded[:5]
         how: int = _CALL
         if cls is copyreg.__newobj__:  # type: ignore[attr-defined]
             (cls, *args), how = args, _NEW_OBJECT
@@ -1544,7 +1547,9 @@ class _Reader(pickle.Unpickler):
     """Unpickles with *make* for `_make`; no record gets at anything else."""
 
     def __init__(self, content: bytes, make: Any = None) -> None:
-        self.make, self.file = make, io.BytesIO(content if make is None else b"cm\nmake\n\x94." + content)
+        if make is not None:
+            content = b"cm\nmake\n\x94." + content
+        self.make, self.file, self.size = make, io.BytesIO(content), len(content)
         super().__init__(self.file)
         if make is not None:
             self.load()  # into the memo
@@ -1638,7 +1643,7 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
 
     loaded: dict[str, Any] = {}
     reader = _Reader(content, make)
-    while reader.file.tell() < len(reader.file.getbuffer()):
+    while reader.file.tell() < reader.size:
         name, each = reader.load()
         if type(name) is not str:
             raise SealError("the record has another form than this version writes")
@@ -1898,12 +1903,13 @@ class MemoryStore:
         key = record.key
         if session._base is not None:
             self.save_late(session)
-        elif record.state is _STORED and self.holds.holders.get(key) is token:
+        elif record.state is _STORED:
             if self.strict:
                 _dump(session)
             record.lastModified = self.clock()
             request = token()
-            if request is None or not request._over or self._parked:
+            # Strategy: asked in this order, a response that is one list has no more to do than to free its hold.
+            if (request is None or not request._over or self._parked) and session._is_holding():
                 self._let_go(session, request)
             self.holds.free(key, token)
         elif record.state is _ENDED:
@@ -2230,7 +2236,7 @@ def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
     numbers = (modified, created, lifetime, max_lifetime, since, *(cookie or ()), *(forgotten or ()))
     if (
         _NUMBERS.issuperset(map(type, numbers))
-        and sum(map(float, numbers)) > -1e300  # nor NaN
+        and sum(numbers) > -1e300  # nor NaN
         and (owner is None or type(owner) is str)
         and (cookie is None or type(cookie) is tuple and len(cookie) == 2)
         and (forgotten is None or type(forgotten) is tuple and len(forgotten) == 2)
@@ -2766,7 +2772,7 @@ class _SQLStore(PersistentStore):
             f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner <> ''",
         ]
 
-    def _run(self, sql: str, *args: object) -> Any:
+    def _sql(self, sql: str, *args: object) -> Any:
         """Run one statement in a transaction of its own; its rows, or how many it changed if it has none."""
         raise NotImplementedError
 
@@ -2777,9 +2783,6 @@ class _SQLStore(PersistentStore):
             text = sql.replace("RELAXED", self._relaxed).replace("?", self._mark).replace("TABLE", self.table)
             self._texts[sql] = text
         return text
-
-    def _sql(self, sql: str, *args: object) -> Any:
-        return self._run(self._text(sql), *args)
 
     def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
         sql = "INSERT INTO TABLE VALUES (?, ?, ?, ?, '', 0) ON CONFLICT (key) DO NOTHING"
@@ -2919,7 +2922,7 @@ class SQLiteStore(_SQLStore):
         self._connection, self._file = connection, self._identify()
         return connection
 
-    def _run(self, sql: str, *args: object) -> Any:
+    def _sql(self, sql: str, *args: object) -> Any:
         with self.holds.alone("connection"):
             connection = self._connection
             # Strategy: what saves a session was opened before; to look again whether the file is there takes 3 %.
@@ -2928,7 +2931,7 @@ class SQLiteStore(_SQLStore):
             return self._execute(connection, sql, *args)
 
     def _execute(self, connection: Any, sql: str, *args: object) -> Any:
-        cursor = connection.execute(sql, args)
+        cursor = connection.execute(self._text(sql), args)
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
     def _together(self, *statements: tuple[Any, ...]) -> list[bool]:
@@ -2937,7 +2940,7 @@ class SQLiteStore(_SQLStore):
             connection = self._connect()
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                done = [bool(self._execute(connection, self._text(sql), *args)) for sql, *args in statements]
+                done = [bool(self._execute(connection, sql, *args)) for sql, *args in statements]
                 connection.execute("COMMIT")  # not by `with connection`: an exception may come just before its end
             finally:
                 if connection.in_transaction:
@@ -3022,7 +3025,7 @@ class PostgresStore(_SQLStore):
         super().__init__(secret=secret, table=table, lease=lease, clock=clock)
         self._connect, self._created = connect, False
 
-    def _run(self, sql: str, *args: object) -> Any:
+    def _sql(self, sql: str, *args: object) -> Any:
         """See `_SQLStore`; the first makes the table, under a lock, since processes that start at once all try."""
         if not self._created:
             if self._execute("SELECT to_regclass(%s)", self.table)[0][0] is None:
@@ -3030,7 +3033,7 @@ class PostgresStore(_SQLStore):
             self._created = True
         for attempt in itertools.count():
             try:
-                return self._execute(sql, *args)
+                return self._execute(self._text(sql), *args)
             except Exception as error:
                 # A serialization failure or deadlock: somebody else was at it, and all can be asked again.
                 details = error.args[0] if error.args and isinstance(error.args[0], dict) else {}  # pg8000's
@@ -3425,6 +3428,7 @@ class _Exchange:
     def open(self, environ: dict[str, Any], peeking: bool = False) -> Any:
         """The live session that the request has a cookie of, or else a new one (None for who only looks)."""
         middleware, session, tried = self._middleware, None, ""
+        self._came, self._cookie, self._gone = None, None, False
         self._secure = secure = environ["wsgi.url_scheme"] in middleware._secure_schemes
         header = environ.get("HTTP_COOKIE")
         if header is not None:
@@ -3513,7 +3517,7 @@ class _Exchange:
         """PEP 3333's start_response, for the application."""
         if self._response is None or exc_info is not None and not self._sent:
             self._response = status, headers, exc_info
-            return self.write
+            return self  # it is its own write(): a bound method would take 3 % of a request without a session
         if exc_info is None:
             raise AssertionError("start_response was called twice without exc_info (PEP 3333)")
         # A server that has the headers still may replace them, it raises exc_info otherwise.
@@ -3522,19 +3526,42 @@ class _Exchange:
         finally:
             exc_info = None  # its traceback refers to this frame
 
-    def write(self, data: bytes) -> None:
-        """PEP 3333's write()."""
+    def __call__(self, data: bytes) -> None:
+        """PEP 3333's write(), for the application."""
         if not self._sent:
             self.commit()
         self._send(data)
 
     def commit(self) -> None:
-        """Save the session, find out what cookie the client needs, and let the headers leave."""
+        """Save the session, unless the request has failed, and let the headers leave.
+
+        A response carries the id of its record, if that isn't the id its request came with and the
+        record lives; it deletes the cookie, if the record ended while this request held it.
+        """
         if self._response is None:
             raise AssertionError("the application answered without calling start_response (PEP 3333)")
         status, headers, exc_info = self._response
-        if self._session is not None:
-            self._save(self._session, status)
+        session = self._session
+        if session is not None:
+            middleware, record = self._middleware, session._record
+            # The uid is read before the hold is let go of: afterwards it may be another's.
+            uid, refreshed = record.uid, False
+            if status >= "5":
+                self.abort()
+            elif session._base is not None:
+                session._store.save_late(session)
+            elif record.state is not _ENDED:
+                if record.forgotten is not None or middleware.persistent:
+                    refreshed = middleware._renew_cookie(record)
+                middleware.store.save(session)
+            record = session._record  # another, if it was found to have moved
+            if record.state is _STORED:
+                if uid != self._came or refreshed:
+                    self._cookie = middleware._set_cookie(self._secure, uid, record)
+            elif self._came is not None and (self._gone or record.state is _ENDED and record.hold is session._token):
+                self._cookie = middleware._delete_cookie(self._secure)
+            if self._over and session._base is not None:
+                session._store.leave(session)
             headers = self._dress(headers)
         elif self._look is not _MISSING:
             headers = self._dress(headers)
@@ -3548,38 +3575,12 @@ class _Exchange:
             finally:
                 exc_info = None  # its traceback refers to this frame
 
-    def _save(self, session: Session, status: str) -> None:
-        """Save it, unless the request has failed, and find out what its client is to be told.
-
-        A response carries the id of its record, if that isn't the id its request came with and the
-        record lives; it deletes the cookie, if the record ended while this request held it.
-        """
-        middleware, record = self._middleware, session._record
-        # The uid is read before the hold is let go of: afterwards it may be another's.
-        uid, refreshed = record.uid, False
-        if status >= "5":
-            self.abort()
-        elif session._base is not None:
-            session._store.save_late(session)
-        elif record.state is not _ENDED:
-            if middleware.persistent or record.forgotten is not None:
-                refreshed = middleware._renew_cookie(record)
-            middleware.store.save(session)
-        record = session._record  # another, if it was found to have moved
-        if record.state is _STORED:
-            if uid != self._came or refreshed:
-                self._cookie = middleware._set_cookie(self._secure, uid, record)
-        elif self._came is not None and (self._gone or record.state is _ENDED and record.hold is session._token):
-            self._cookie = middleware._delete_cookie(self._secure)
-        if self._over and session._base is not None:
-            session._store.leave(session)
-
     def _dress(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The application's headers and ours, in a list of our own (theirs may be a constant)."""
         cookie = self._cookie
         # Strategy: most responses have neither Vary nor Cache-Control, which lengths tell for half the price (8 %).
         for name, _ in headers:
-            if len(name) == 4 or len(name) == 13:
+            if len(name) in {4, 13}:
                 headers = _with_directive(headers, "Vary", "Cookie", ("*", "cookie"))
                 if cookie is not None:
                     headers = _with_directive(headers, "Cache-Control", _NO_CACHE, _STRICTER)
@@ -3817,8 +3818,8 @@ class SessionMiddleware:
         # Strategy: an __init__ would take longer than all of its assignments.
         exchange = environ[_KEY] = _Exchange()
         exchange._middleware, exchange._outer, exchange._start = self, outer, start_response
-        exchange._session = exchange._response = exchange._came = exchange._cookie = result = None
-        exchange._sent = exchange._over = exchange._gone = False
+        exchange._session = exchange._response = result = None
+        exchange._sent = exchange._over = False
         exchange._opened, exchange._look = [], _MISSING
         try:
             result = self.app(environ, exchange.start_response)

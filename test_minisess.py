@@ -1572,7 +1572,8 @@ class StoreContract:
 
     def test_a_component_that_keeps_its_session_works_in_later_requests(self, store):
         def write(session):
-            IWitness(session).session.foo = 7
+            (kept := IWitness(session).session).release()
+            kept.foo = 7
             return session.foo
 
         visitor, ids = Guest(store), []
