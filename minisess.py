@@ -2204,8 +2204,6 @@ _NUMBERS = frozenset((float, int))
 
 _get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
 
-_persistent_stores: weakref.WeakSet[PersistentStore] = weakref.WeakSet()
-
 
 class _StoredRecord(_Record):
     """A record of its own for each request, read from where the store keeps it."""
@@ -2294,12 +2292,16 @@ class PersistentStore:
             raise ValueError("secret= needs at least one secret: take secrets.token_hex(32)")
         self.place, self.lease, self.clock = place, _seconds(lease, "lease"), clock
         self.holds = _Holds()
-        self._token = secrets.token_hex(8)
+        self._name = secrets.token_hex(8)
         self._swept, self._created_count = time.monotonic(), itertools.count()
-        _persistent_stores.add(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.place}>"
+
+    @property
+    def _token(self) -> str:
+        """Who holds a record there: this process, be it a fork of which nobody told Python (uWSGI's)."""
+        return f"{self._name}.{os.getpid()}"
 
     # What a subclass supplies
 
@@ -2876,16 +2878,19 @@ class SQLiteStore(_SQLStore):
             raise ValueError("SQLiteStore needs a file: a :memory: of its own is what MemoryStore is")
         self.path = os.path.abspath(self.path)
         self._sqlite: Any = sqlite3
-        # One connection for all threads, used by one at a time, and which file it has open.
+        # One connection for all threads, used by one at a time; which file it has open, and whose it is.
         self._connection: Any = None
         self._file: Any = None
+        self._process = 0
         self._turn: _Turn | None = None
         _sqlite_stores.add(self)
         self._ask(self._open)
 
     def _open(self) -> None:
+        """Is the path any good?  It is closed again, for a server may fork now (uWSGI without telling Python)."""
         with self.holds.alone("connection"):
             self._connect()
+            self._disconnect()
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
@@ -2900,6 +2905,11 @@ class SQLiteStore(_SQLStore):
     def _connect(self) -> Any:
         """The connection, opened if need be (alone)."""
         if self._connection is not None:
+            if self._process != os.getpid():
+                raise StoreError(
+                    f"the server has forked while {self.path} was open, and didn't tell Python: "
+                    "call store.close() before it forks, or let it fork first (uWSGI: --lazy-apps)"
+                )
             if self._identify() == self._file:
                 return self._connection
             self._disconnect()
@@ -2919,7 +2929,7 @@ class SQLiteStore(_SQLStore):
         except BaseException:
             connection.close()
             raise
-        self._connection, self._file = connection, self._identify()
+        self._connection, self._file, self._process = connection, self._identify(), os.getpid()
         return connection
 
     def _sql(self, sql: str, *args: object) -> Any:
@@ -2986,13 +2996,8 @@ def _after_fork_in_parent() -> None:
             turn.__exit__()
 
 
-def _after_fork_in_child() -> None:
-    for store in list(_persistent_stores):
-        store._token = secrets.token_hex(8)
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
 
 
 class PostgresStore(_SQLStore):
