@@ -217,6 +217,7 @@ class InterfaceMeta(type):
     __advice__: str | None
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> InterfaceMeta:
+        """Make an interface and note its name; TypeError if it extends anything but interfaces."""
         for base in bases:
             if not isinstance(base, InterfaceMeta):
                 raise TypeError(f"{name} is an interface and can only extend interfaces, not {base.__name__}")
@@ -763,6 +764,7 @@ class _Record:
     closed: dict[str, tuple[Any, Exception | None]] = {}
 
     def __init__(self, uid: str, key: str, fields: tuple[Any, ...]) -> None:
+        """An empty record of these `_FIELDS`; without *fields*, one that is filled later."""
         self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
         self.due: float = 0  # the deadline under which its store will look at it next
         self.hold: Any = None  # who held it when it ended
@@ -801,6 +803,7 @@ class _Record:
         return not (self.components or self.attributes or self.owner or self.callbacks)
 
     def clear(self) -> None:
+        """Let go of all that is kept, and of the owner."""
         self.owner, self.callbacks = None, ()
         self.components.clear()
         self.attributes.clear()
@@ -936,6 +939,7 @@ class Session(Componentized):
     )
 
     def __init__(self, store: Any, record: _Record, request: Any = None) -> None:
+        """A view of *record*; its token is *request*, or the session itself where there is none."""
         self._store, self._record, self._base = store, record, None
         self._token = ref(self if request is None else request)
         self._components, self.__dict__ = record.components, record.attributes
@@ -1208,6 +1212,7 @@ _all_holds: weakref.WeakSet[_Holds] = weakref.WeakSet()
 
 
 def _busy(patience: float) -> SessionBusy:
+    """The error of who has waited in vain."""
     return SessionBusy(
         f"another request has held this session for over {patience:g} s: make that request shorter, "
         "let it call session.release() before its slow part, or raise SessionMiddleware(patience=)",
@@ -1224,6 +1229,7 @@ class _Waiter:
 
 
 def _unlock(lock: Any) -> None:
+    """Let go of a lock, whoever has it."""
     try:
         lock.release()
     except RuntimeError:
@@ -1242,6 +1248,12 @@ class _Turn:
         self.holds, self.key, self.thread, self.frame = holds, key, threading.get_ident(), 0
 
     def __enter__(self) -> Any:
+        """Wait until nobody else is at it, a minute at most.
+
+        A thread that comes upon itself is a finalizer's that runs in the middle of the block, and goes
+        along, or it has been torn out of the block by an exception whose traceback keeps it alive; then
+        this takes over.
+        """
         token, frame = ref(self), sys._getframe(1)
         self.frame = id(frame)
         holder = self.holds.holders.setdefault(self.key, token)
@@ -1318,6 +1330,7 @@ class _Holds:
         return False
 
     def _waiting(self, key: str) -> list[_Waiter]:
+        """Those who still wait for *key*, in order."""
         line = self.lines.get(key)
         return [waiter for each in list(line.values()) if (waiter := each()) is not None] if line else []
 
@@ -1440,6 +1453,7 @@ class _Writer(pickle.Pickler):
         self.session, self.strict, self.name = session, strict, ""
 
     def offence(self, offender: str) -> NotStorable:
+        """The error for what can't be stored: where it is, and what to do."""
         name = f"the attribute {self.name[1:]}" if self.name.startswith(".") else f"the component {self.name}"
         return NotStorable(
             f"{name} can't be stored, it contains {offender}: decorate a class of yours with @storable (or "
@@ -1450,6 +1464,7 @@ class _Writer(pickle.Pickler):
         )
 
     def class_name(self, cls: Any) -> str:
+        """The name under which objects of *cls* are stored; NotStorable if it isn't declared."""
         name = _name(cls)
         if _storables.get(name) is not cls:
             name = name.replace("pathlib._local.", "pathlib.")  # where Python 3.13 has it
@@ -1461,6 +1476,7 @@ class _Writer(pickle.Pickler):
         return name
 
     def add(self, name: str, each: object) -> None:
+        """Write *each* under *name*, behind what has been written so far."""
         self.name = name
         try:
             self.dump((name, each))
@@ -1470,6 +1486,7 @@ class _Writer(pickle.Pickler):
             raise self.offence(f"what pickle refuses ({error})") from error
 
     def reducer_override(self, obj: Any) -> Any:
+        """How *obj* is written, as pickle asks for all but plain values: as a call of `_make`."""
         kind = type(obj)
         if kind in _PLAIN:
             return NotImplemented
@@ -1555,6 +1572,7 @@ class _Reader(pickle.Unpickler):
             self.load()  # into the memo
 
     def find_class(self, module: str, name: str) -> Any:
+        """What a record asks for by name: our function, once, at the beginning."""
         if self.make is None or name != "make":
             raise SealError(f"a record asks for {module}.{name}")
         return self.make
@@ -1572,6 +1590,7 @@ def _find_class(name: str) -> Any:
 
 
 def _make_object(name: str, how: int, args: Sequence[Any]) -> Any:
+    """A new object of the declared class *name*, without its state; an enum's member is the process's own."""
     cls = _find_class(name)
     if how == _MEMBER and issubclass(cls, enum.Enum):
         return cls[args[0]] if isinstance(args[0], str) and args[0] in cls.__members__ else cls(*args)
@@ -1607,6 +1626,11 @@ class _Failed(Exception):
 
 
 def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
+    """What is in *content*, by name; what has *failed* before is closed at once.
+
+    *failed* has the errors by number, in the order in which objects are made, or by the name of a
+    class.  Raises `_Failed` for an object that others have in hand when it turns out to fail.
+    """
     made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
     numbers = itertools.count()
 
@@ -1795,11 +1819,13 @@ def _renewed(record: _Record, fields: dict[str, Any]) -> None:
 
 
 def _lost(session: Session) -> SessionError:
+    """Log that *session* has ended under its request, and answer the error that says so."""
     _log(logging.WARNING, "lost", session.handle, "was ended while a request used it: nothing is saved")
     return SessionError("this session has ended: ISession(environ) answers a new one")
 
 
 def _conflict(session: Session) -> SessionConflict:
+    """Log that another request has changed *session*, and answer the error that says so."""
     _log(logging.WARNING, "conflict", session.handle, "was changed by another request: nothing is saved")
     return SessionConflict(
         "another request has changed this session since this one let go of it (by session.release(), or when its "
@@ -1850,10 +1876,15 @@ class MemoryStore:
         return len(self._records)
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
+        """A fresh session: see `IStore`."""
         uid = _new_uid()
         return Session(self, _Record(uid, uid, _new_fields(self.clock(), lifetime, max_lifetime)))
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
+        """The live session *uid*, held; or None, or `MOVED`: see `IStore`.
+
+        Who had to wait looks again: the record may have ended or moved on meanwhile.
+        """
         now = self.clock()
         if now >= self._next:
             self._reclaim(now)
@@ -1881,9 +1912,11 @@ class MemoryStore:
         return session
 
     def _missing(self, uid: str, now: float) -> Session | None:
+        """`MOVED` for a uid that has moved on within the last minute, or None."""
         return MOVED if self._moved.get(uid, now) > now else None
 
     def peek(self, uid: str, request: object = None) -> Session | None:
+        """A look at the live session *uid*, which is cut off when that moves on: see `IStore`."""
         now = self.clock()
         try:
             record = self._records[uid]
@@ -1899,6 +1932,7 @@ class MemoryStore:
         return self._missing(uid, now)
 
     def save(self, session: Session) -> None:
+        """Let go of a session that is stored; store one that is new and holds something: see `IStore`."""
         record, token = session._record, session._token
         key = record.key
         if session._base is not None:
@@ -1959,11 +1993,13 @@ class MemoryStore:
             self.holds.free(key, token)
 
     def touch(self, session: Session) -> None:
+        """Start its idle clock again: see `IStore`."""
         record, now = session._record, self.clock()
         if now < record.expires or session._is_holding():
             record.lastModified = now
 
     def release(self, session: Session) -> None:
+        """Let the next request in; what was done to live objects is done: see `IStore`."""
         if session._is_holding():
             self._let_go(session, session._token())
             self.holds.free(session._record.key, session._token)
@@ -1978,6 +2014,7 @@ class MemoryStore:
         """Find out whether it has ended: that is known at once."""
 
     def renew(self, session: Session, **fields: Any) -> None:
+        """Move its record to a new uid; a new record if it was another owner's: see `IStore`."""
         record: _Record = session._record
         token, now, uid, old, fresh = session._token, self.clock(), _new_uid(), record.key, record
         if record.owner not in (None, fields.get("owner", record.owner)):
@@ -2031,16 +2068,19 @@ class MemoryStore:
                 view._cut()
 
     def _own(self, record: _Record, owner: str | None) -> None:
+        """Enter *record* in the list of *owner* (alone)."""
         if owner is not None:
             self._owned.setdefault(owner, {})[record] = None
 
     def _disown(self, record: _Record, owner: str | None) -> None:
+        """Take *record* from the list of *owner* (alone)."""
         if owner is not None:
             self._owned.get(owner, {}).pop(record, None)
             if not self._owned.get(owner):
                 self._owned.pop(owner, None)
 
     def _insert(self, record: _Record, now: float) -> None:
+        """Store a new record, and end what has expired or has to make room for it."""
         with self.holds.alone("moving") as token:
             ended = self._due(now, self._batch, token) if now >= self._next else []
             if self.capacity is not None:
@@ -2056,6 +2096,7 @@ class MemoryStore:
     # Ending
 
     def discard(self, session: Session) -> None:
+        """End the session, stored or not: see `IStore`."""
         record = session._record
         if record.state is _STORED:
             _raise_first(self._end([record], "logout"))
@@ -2063,11 +2104,13 @@ class MemoryStore:
             _raise_first([record.end("logout")])
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
+        """End all sessions of *owner* but *keep*; answers how many: see `IStore`."""
         _check_owner(owner)
         kept = None if keep is None else keep._record
         return self._end_all([record for record in list(self._owned.get(owner, ())) if record is not kept])
 
     def clear(self) -> int:
+        """End everybody's sessions; answers how many: see `IStore`."""
         with self.holds.alone("moving"):
             for key, record in list(self._records.items()):
                 if record.key != key:  # an exception has torn a move in two
@@ -2075,11 +2118,13 @@ class MemoryStore:
         return self._end_all(list(self._records.values()))
 
     def _end_all(self, records: list[_Record]) -> int:
+        """End *records*; answers how many."""
         errors = self._end(records, "all")
         _raise_first(errors)
         return len(errors)
 
     def sweep(self) -> int:
+        """End all that have expired and aren't held; answers how many: see `IStore`."""
         now = self.clock()
         with self.holds.alone("moving") as token:
             self.holds.prune()
@@ -2089,12 +2134,14 @@ class MemoryStore:
         return len(errors)
 
     def sessions(self, owner: str) -> list[Session]:
+        """Looks at the live sessions of *owner*, the oldest first: see `IStore`."""
         _check_owner(owner)
         now, owned = self.clock(), list(self._owned.get(owner, ()))
         live = [record for record in owned if record.state is _STORED and now < record.expires]
         return [_look(self, record) for record in sorted(live, key=attrgetter("created"))]
 
     def _end(self, records: list[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
+        """End those of *records* that are stored still; answers what the callbacks of each raised."""
         with self.holds.alone("moving"):
             mine = [record for record in records if self._take_out(record)]
         return self._finish(mine, reason, now)
@@ -2374,23 +2421,27 @@ class PersistentStore:
             raise StoreError(f"{self!r}: {name} failed: {type(error).__name__}: {error}") from error
 
     def _read(self, key: str) -> bytes:
+        """The record, or a tombstone, or b"" for nothing."""
         return bytes(self._ask(self.read, key) or b"")
 
     # Sealing
 
     def _mac(self, mac: Any, key: str, body: bytes) -> bytes:
+        """The seal of *body* under *key*, by one of the secrets."""
         mac = mac.copy()
         mac.update(key.encode())
         mac.update(body)
         return mac.digest()  # type: ignore[no-any-return]
 
     def _owner(self, owner: str | None, key: bytes | None = None) -> str:
+        """What stands for *owner* in the database, by the first secret or by another *key*."""
         if owner is None:
             return ""
         owned = owner.encode("utf-8", "surrogatepass")
         return blake2b(owned, key=key or self._owner_keys[0], digest_size=16).hexdigest()
 
     def _seal(self, key: str, fields: tuple[Any, ...], content: bytes) -> bytes:
+        """A record: ``MAC || how long the fields are || fields || content``."""
         head = pickle.dumps(fields, 5)
         body = b"%08d" % len(head) + head + content
         return self._mac(self._macs[0], key, body) + body
@@ -2410,6 +2461,7 @@ class PersistentStore:
             raise SealError(f"the record can't be read: {error}") from error
 
     def _refuse(self, key: str, error: Exception) -> None:
+        """Log that a record can't be trusted."""
         _log(logging.WARNING, "refused", key[:16], "security: its record is refused: %s", error)
 
     def _fill(self, session: Session, raw: bytes) -> bool:
@@ -2449,6 +2501,7 @@ class PersistentStore:
     # Opening
 
     def create(self, lifetime: float, max_lifetime: float) -> Session:
+        """A fresh session: see `IStore`."""
         uid, fields = _new_uid(), _new_fields(self.clock(), lifetime, max_lifetime)
         return Session(self, _StoredRecord(uid, _hash(uid, self.place), fields))
 
@@ -2477,6 +2530,10 @@ class PersistentStore:
                 self.holds.free(key, token)
 
     def open(self, uid: str, patience: float = 10, request: object = None) -> Session | None:
+        """The live session *uid*, held; or None, or `MOVED`: see `IStore`.
+
+        Now and then it ends some others first, whose time is up.
+        """
         if time.monotonic() - self._swept >= self._pause:
             self._swept = time.monotonic()
             self.holds.prune()
@@ -2503,6 +2560,7 @@ class PersistentStore:
         return MOVED if _is_tombstone(raw) and self.clock() < int(raw[1:] or 1 << 60) else None
 
     def peek(self, uid: str, request: object = None) -> Session | None:
+        """A look at the live session *uid*, by one read: see `IStore`."""
         key, now = _hash(uid, self.place), self.clock()
         raw = self._read(key)
         session = None if not raw or _is_tombstone(raw) else self._revive(key, uid, raw, request)
@@ -2517,6 +2575,7 @@ class PersistentStore:
     # Saving
 
     def save(self, session: Session) -> None:
+        """Write the session if it is stored, or new and holds something: see `IStore`."""
         record = session._record
         if session._base is not None:
             self.save_late(session)
@@ -2551,6 +2610,7 @@ class PersistentStore:
         self.holds.free(record.key, session._token)
 
     def _lease_lost(self, session: Session) -> SessionConflict:
+        """The error for a request whose lease is over, while its session lives on with another."""
         _log(logging.WARNING, "conflict", session.handle, "was taken over after its lease ran out: nothing is saved")
         session._base = (), b""  # what others have by now is never the same
         return SessionConflict(
@@ -2595,6 +2655,7 @@ class PersistentStore:
         return b""
 
     def _lose(self, session: Session, moved: bool = False) -> None:
+        """*session* has ended or *moved* on, which its request learns only now."""
         record = session._record
         if not moved:  # else another request has told the client of a new uid
             record.hold = self.holds.holders.get(record.key)
@@ -2603,6 +2664,7 @@ class PersistentStore:
         self.holds.free(record.key, session._token)
 
     def touch(self, session: Session) -> None:
+        """Start its idle clock again; that is written at once if it isn't held: see `IStore`."""
         record, now = session._record, self.clock()
         if record.state is not _STORED or session._is_holding():
             record.lastModified = now
@@ -2624,6 +2686,7 @@ class PersistentStore:
             self._ask(self.swap, record.key, raw, new, min(_deadlines(fields)))
 
     def release(self, session: Session) -> None:
+        """Let the next request in without saving: see `IStore`."""
         record = session._record
         if session._is_holding():
             session._base = record.fields[2:], record.content
@@ -2639,6 +2702,7 @@ class PersistentStore:
         """Its lifetime has changed: written with the rest of it."""
 
     def renew(self, session: Session, **fields: Any) -> None:
+        """Move what is stored to a new key, and be a view of that: see `IStore`."""
         record, token, now, uid = session._record, session._token, self.clock(), _new_uid()
         old, new, fresh = record.key, _hash(uid, self.place), record
         if record.owner not in (None, fields.get("owner", record.owner)):
@@ -2666,9 +2730,11 @@ class PersistentStore:
     # Ending
 
     def discard(self, session: Session) -> None:
+        """End the session, stored or not: see `IStore`."""
         _raise_first([self._discard(session, "logout")])
 
     def _discard(self, session: Session, reason: str, now: float = 0) -> BaseException | None:
+        """Delete the record and end it, unless another was first; answers what its callbacks raised."""
         record, error = session._record, None
         record.hold = self.holds.holders.get(record.key)
         if record.state is _STORED and self._ask(self.delete, record.key) is None:
@@ -2732,9 +2798,11 @@ class PersistentStore:
         return len(errors)
 
     def clear(self) -> int:
+        """End everybody's sessions; answers how many: see `IStore`."""
         return self.sweep(everything=True)
 
     def sessions(self, owner: str) -> list[Session]:
+        """Looks at the live sessions of *owner*, the oldest first: see `IStore`."""
         _check_owner(owner)
         rows = [row for each in self._owner_keys for row in self._ask(self.owned, self._owner(owner, each))]
         found = [self._revive(key, "", bytes(raw)) for key, raw in rows if not _is_tombstone(raw)]
@@ -2742,6 +2810,7 @@ class PersistentStore:
         return sorted(live, key=attrgetter("created"))
 
     def expireAll(self, owner: str, keep: Session | None = None) -> int:
+        """End all sessions of *owner* but *keep*; answers how many: see `IStore`."""
         _check_owner(owner)
         kept = "" if keep is None else keep._record.key
         rows = [row for each in self._owner_keys for row in self._ask(self.take, self._owner(owner, each), kept)]
@@ -2819,11 +2888,13 @@ class _SQLStore(PersistentStore):
         return bool(self._sql(*self._swap(key, old, new, due)))
 
     def _swap(self, key: str, old: bytes, new: bytes | None, due: float) -> tuple[Any, ...]:
+        """The statement for `swap`, and its parameters."""
         if new is None:
             return "DELETE FROM TABLE WHERE key = ? AND record = ? RELAXED", key, old
         return "UPDATE TABLE SET record = ?, due = ? WHERE key = ? AND record = ? RELAXED", new, due, key, old
 
     def _tombstone(self, key: str) -> tuple[str, bytes, float]:
+        """What stays under *key* for a minute: key, record, until when."""
         end = self.clock() + _REMEMBERED
         return key, _TOMBSTONE + b"%d" % end, end
 
@@ -2896,6 +2967,7 @@ class SQLiteStore(_SQLStore):
         return f"<SQLiteStore {self.path}>"
 
     def _identify(self) -> Any:
+        """Which file is at our path: its device and number, or None."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -2982,7 +3054,7 @@ class SQLiteStore(_SQLStore):
 
 
 def _before_fork() -> None:
-    # A child that inherits an open connection believes that it holds its parent's locks, too.
+    """Close what a child mustn't inherit: it would believe that it holds its parent's locks, too."""
     for store in list(_sqlite_stores):
         store._turn = turn = store.holds.alone("connection")
         turn.__enter__()  # after the statement in flight
@@ -2990,6 +3062,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
+    """Let others at the connections again."""
     for store in list(_sqlite_stores):
         turn, store._turn = store._turn, None
         if turn is not None:
@@ -3049,6 +3122,7 @@ class PostgresStore(_SQLStore):
         raise AssertionError
 
     def _execute(self, sql: str, *args: object) -> Any:
+        """Run one statement on a connection that commits it at once; its rows as tuples, or how many it changed."""
         with self._connect() as connection:
             # One statement, one round trip: without this there would be a BEGIN and a COMMIT.
             before, connection.autocommit = connection.autocommit, True
@@ -3155,9 +3229,11 @@ class RedisStore(PersistentStore):
         self._scripts = {script: client.register_script(script) for script in self._SCRIPTS}
 
     def _place(self, key: str) -> str:
+        """The Redis key of a record; what is in braces decides where in a cluster it lies."""
         return f"{self._prefix}{{{key}}}"
 
     def _owner_index(self, owner: str | bytes) -> str:
+        """The Redis key of an owner's sorted set."""
         return f"{self._prefix}owner:{owner if isinstance(owner, str) else owner.decode()}"
 
     def _eval(self, script: str, key: str, *args: Any) -> Any:
@@ -3176,6 +3252,7 @@ class RedisStore(PersistentStore):
         return int(min(max(due - self.clock(), 0) + self._grace, 3.2e9) * 1000)
 
     def _index(self, key: str, due: float, owner: str | bytes) -> None:
+        """Have the record found by its deadline and its owner; forget what has expired there."""
         self._client.zadd(self._due_index, {key: due})
         if owner:
             index, ttl = self._owner_index(owner), self._ttl(due)
@@ -3187,6 +3264,7 @@ class RedisStore(PersistentStore):
                 self._client.pexpire(index, ttl)
 
     def _unindex(self, key: str, owner: str | bytes) -> None:
+        """Have the record found no longer."""
         self._client.zrem(self._due_index, key)
         if owner:
             self._client.zrem(self._owner_index(owner), key)
@@ -3196,6 +3274,7 @@ class RedisStore(PersistentStore):
         self._index(key, due, owner)  # second, since who finds an entry without a record takes it out
 
     def _put(self, key: str, record: bytes, due: float, owner: str, **hold: Any) -> None:
+        """Write a whole record under *key*, with its time to live."""
         pipeline = self._client.pipeline(transaction=False)
         pipeline.hset(self._place(key), mapping={"record": record, "due": due, "owner": owner, **hold})
         pipeline.pexpire(self._place(key), self._ttl(due))
@@ -3265,6 +3344,7 @@ class RedisStore(PersistentStore):
         return bytes(found[0])
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
+        """See `PersistentStore`; looks on where all that was due is held or gone."""
         while True:
             keys = self._client.zrangebyscore(self._due_index, "-inf", now, start=0, num=limit)
             rows = self._rows(keys, now)
@@ -3647,6 +3727,7 @@ class _Body:
         return self
 
     def __next__(self) -> bytes:
+        """The next piece; the headers leave before the first."""
         exchange = self._exchange
         try:
             chunk = next(self._iterator, _MISSING)
@@ -3661,6 +3742,7 @@ class _Body:
         return chunk
 
     def close(self) -> None:
+        """PEP 3333: the server calls it, whatever happened."""
         exchange = self._exchange
         try:
             close = getattr(self._result, "close", None)
@@ -3677,6 +3759,7 @@ class _Body:
 
 
 def _as_store(store: object) -> Any:
+    """*store*, or what it adapts to; TypeError for what only looks like one."""
     if store is None:
         return MemoryStore()
     if isinstance(store, type):
@@ -3761,6 +3844,7 @@ class SessionMiddleware:
         return True
 
     def _set_cookie(self, secure: bool, uid: str, record: _Record) -> str:
+        """The Set-Cookie header for *uid*, with Max-Age if *record* says until when (RFC 6265)."""
         age = ""
         if record.cookie is not None:
             # Browsers keep a cookie for 400 days at most.
@@ -3768,6 +3852,7 @@ class SessionMiddleware:
         return f"{self._names[secure]}={uid}{self._attributes[secure]}{age}"
 
     def _delete_cookie(self, secure: bool) -> str:
+        """The Set-Cookie header that takes the cookie away."""
         end = "; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT"
         return f"{self._names[secure]}={self._attributes[secure]}{end}"
 
@@ -3778,6 +3863,7 @@ class SessionMiddleware:
             _log(logging.WARNING, event, "-", message)
 
     def _warn_of_proxy(self) -> None:
+        """TLS seems to end at a proxy, and nobody has told us."""
         if self.secure is None:
             self._warn(
                 "insecure",
@@ -3787,6 +3873,7 @@ class SessionMiddleware:
             )
 
     def _warn_of_vary(self, headers: list[tuple[str, str]]) -> None:
+        """The session is first used when the headers have left; they don't keep caches off."""
         if not any(name.lower() == "vary" and ("cookie" in value.lower() or "*" in value) for name, value in headers):
             frame: Any = sys._getframe()
             while frame.f_back is not None and frame.f_globals is globals():
@@ -3806,6 +3893,11 @@ class SessionMiddleware:
         return path == ours or path.startswith(ours if ours.endswith("/") else ours + "/")
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """PEP 3333's application: calls the one that is wrapped, with a session at hand.
+
+        Within another SessionMiddleware of the same cookie it does nothing; one with another cookie gets
+        an environ of its own.
+        """
         outer = None
         if self.path != "/" and not self._covers(environ):
             return self.app(environ, start_response)
@@ -3852,6 +3944,7 @@ class SessionMiddleware:
         return isinstance(wrapper, type) and isinstance(result, wrapper)
 
     def _check_same_store(self, outer: SessionMiddleware) -> None:
+        """Raise if two middlewares would fight for one cookie."""
         if not self._has_default_store and self.store is not outer.store:
             raise SessionError(
                 f"two SessionMiddlewares, one in the other, use the cookie {self.cookie!r} but different stores: "
@@ -3871,6 +3964,7 @@ def _environ(request: object) -> dict[str, Any]:
 
 
 def _session_of_environ(environ: dict[str, Any]) -> Any:
+    """The adapter from an environ to its session; None where there is no middleware."""
     exchange = environ.get(_KEY)
     if exchange is None:
         return None
@@ -3884,6 +3978,7 @@ def _session_of_environ(environ: dict[str, Any]) -> Any:
 
 
 def _session_of_request(request: object) -> Any:
+    """The adapter from a framework's request."""
     return _session_of_environ(_environ(request))
 
 
