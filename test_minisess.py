@@ -3517,12 +3517,12 @@ def test_48_forks_under_load_by_8_threads_hurt_nobody(tmp_path):
         stop.set()
         [thread.result() for thread in threads]
         print(set(uids) == set(done), sum(store.peek(uid).n for uid in uids) - len(done))
-        for close in (str, *[store.close] * 4):
-            close()
+        for store in [store, *[SQLiteStore(store.path, secret=SECRET)] * 4]:
             if ctypes.PyDLL(None).fork() == 0:  # Python isn't told of it, as by uWSGI
                 with contextlib.suppress(StoreError):  # "the server has forked while ... was open"
                     os._exit(len([child(uids[0]) for _ in range(25)]))
                 os._exit(1)
+            store.close()
         print(sorted(os.wait()[1] >> 8 for _ in range(5)), store.open(uids[0]).n - done.count(uids[0]))
         store.close()
         print(sqlite3.connect(store.path).execute("PRAGMA integrity_check").fetchall())"""
