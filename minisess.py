@@ -2265,9 +2265,9 @@ def _is_tombstone(raw: bytes) -> bool:
     return raw[:1] == _TOMBSTONE and len(raw) < 32 and (len(raw) == 1 or raw[1:].isdigit())
 
 
-def _deadlines(fields: tuple[Any, ...]) -> tuple[float, float]:
-    """The idle and the absolute deadline."""
-    return fields[0] + fields[3], fields[5] + fields[4]
+def _expires(fields: tuple[Any, ...]) -> float:
+    """The earlier deadline."""
+    return min(fields[0] + fields[3], fields[5] + fields[4])  # type: ignore[no-any-return]
 
 
 def _check_fields(fields: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -2486,12 +2486,10 @@ class PersistentStore:
                 _log(logging.WARNING, "closed", record.handle, "keeps %s that can't be opened: %s", name, reason)
         return True
 
-    def _revive(self, key: str, uid: str, raw: bytes, request: object = None, look: bool = True) -> Session | None:
-        """The session in a record, to look at or not, or None for one that can't be trusted."""
+    def _revive(self, key: str, uid: str, raw: bytes, request: object = None) -> Session | None:
+        """The session in a record, to look at, or None for one that can't be trusted."""
         session = Session(self, _StoredRecord(uid, key), request)
-        if not self._fill(session, raw):
-            return None
-        return _look(self, session._record, request) if look else session
+        return _look(self, session._record, request) if self._fill(session, raw) else None
 
     # Opening
 
@@ -2629,16 +2627,15 @@ class PersistentStore:
             return
         try:
             fields, theirs = self._unseal(record.key, raw)
-            if self.clock() >= min(_deadlines(fields)):
+            if self.clock() >= _expires(fields):
                 _lost(session)
                 _raise_first([self._discard(session, "", self.clock())], spare=SystemExit)
-                return
-            if (fields[2:], theirs) != base:
+            elif (fields[2:], theirs) != base:
                 raise _conflict(session)
-        except BaseException:
-            self.release(session)
-            raise
-        self._write(session, content)
+            else:
+                self._write(session, content)
+        finally:
+            self.release(session)  # if it still holds it
 
     def refresh(self, session: Session) -> bytes:
         """The record, if nobody has ended or renewed it; b"" if somebody has, and then *session* has ended."""
@@ -2663,22 +2660,20 @@ class PersistentStore:
         record, now = session._record, self.clock()
         if record.state is not _STORED or session._is_holding():
             record.lastModified = now
-        else:
-            self._touch(record, self.refresh(session), now)
+        elif raw := self.refresh(session):
+            self._touch(record, raw, now)
 
     def _touch(self, record: _Record, raw: bytes, now: float) -> None:
         """Write only when it was used last."""
-        if not raw:
-            return
         try:
             fields, content = self._unseal(record.key, raw)
         except SealError as error:
             self._refuse(record.key, error)
             return
-        if now < min(_deadlines(fields)):
+        if now < _expires(fields):
             record.lastModified, fields = now, (now, *fields[1:])
             new = self._seal(record.key, fields, content)
-            self._ask(self.swap, record.key, raw, new, min(_deadlines(fields)))
+            self._ask(self.swap, record.key, raw, new, _expires(fields))
 
     def release(self, session: Session) -> None:
         """Let the next request in without saving: see `IStore`."""
@@ -2706,7 +2701,7 @@ class PersistentStore:
             # What is stored moves; what this request changed is saved with the rest of it, or not at all.
             moved = tuple({**dict(zip(_FIELDS, fresh.fields, strict=True)), **fields}.values())
             raw, owner = self._seal(new, moved, fresh.content), self._owner(fields.get("owner", record.owner))
-            due, until = min(_deadlines(moved)), now + self.lease
+            due, until = _expires(moved), now + self.lease
             if not self._ask(self.move, old, self._token, new, raw, due, owner, until):
                 raise self._lease_lost(session) if self.refresh(session) else _lost(session)
             self.holds.take(new, token, 0)
@@ -2741,45 +2736,43 @@ class PersistentStore:
             self.holds.free(record.key, record.hold)
         return error
 
-    def _end(self, key: str, raw: bytes, reason: str) -> BaseException | None:
+    def _end(self, key: str, raw: bytes, reason: str, now: float = 0) -> BaseException | None:
         """End a record that was taken out."""
-        session = self._revive(key, "", bytes(raw), look=False)
+        session = Session(self, _StoredRecord("", key))
+        filled = self._fill(session, bytes(raw))
         self.holds.free(key, self.holds.holders.get(key))
-        return None if session is None else session._record.end(reason)
+        return session._record.end(reason, now) if filled else None
 
     def _end_due(self, limit: int, everything: bool = False) -> tuple[list[BaseException | None], bool]:
         """End up to *limit* records that are due.
 
         Answers what the callbacks of each raised, and whether there may be more to look at.
         """
-        now, verdicts, reasons = self.clock(), [], []
+        now, verdicts = self.clock(), []
         rows = self._ask(self.due, _NEVER if everything else now, limit)
         for key, raw in rows:
-            raw, deadlines, reason = bytes(raw), (0.0, 0.0), "all"
+            raw, end = bytes(raw), 0.0
             if self.holds.is_held(key) and not everything:
                 continue  # its lease is over, but its request isn't
             try:
                 if not _is_tombstone(raw):
-                    deadlines = _deadlines(self._unseal(key, raw)[0])
-                    reason = reason if everything else "idle" if deadlines[0] <= now else "absolute"
+                    end = _expires(self._unseal(key, raw)[0])
             except SealError as error:
                 # Perhaps another application's: left alone, and looked at again in an hour.
                 self._refuse(key, error)
-                deadlines = (now + 3600, _NEVER)
+                end = now + 3600
                 if everything:
                     continue
-            later = min(deadlines) > now and not everything
-            verdicts.append((key, raw, raw if later else None, min(deadlines)))
-            reasons.append(reason)
-        settled = self._ask(self.settle, verdicts) if verdicts else []
+            verdicts.append((key, raw, None if everything or end <= now else raw, end))
+        settled = list(zip(verdicts, self._ask(self.settle, verdicts) if verdicts else [], strict=True))
         errors = [
-            self._end(key, raw, reason)
-            for (key, raw, new, _), reason, done in zip(verdicts, reasons, settled, strict=True)
+            self._end(key, raw, "all" if everything else "", now)
+            for (key, raw, new, _), done in settled
             if done and new is None and not _is_tombstone(raw)
         ]
         # While everything is to go, what has changed at this moment is taken the next time.
-        missed = everything and not all(done or _is_tombstone(v[1]) for v, done in zip(verdicts, settled, strict=True))
-        return errors, any(settled) or len(rows) == limit or missed
+        more = any(done or everything and not _is_tombstone(verdict[1]) for verdict, done in settled)
+        return errors, more or len(rows) == limit
 
     def sweep(self, everything: bool = False) -> int:
         """End all that have expired and aren't held (or just everything); answers how many."""
