@@ -2809,68 +2809,57 @@ class PersistentStore:
 class _SQLStore(PersistentStore):
     """The operations in SQL, as SQLite and PostgreSQL have it in common.
 
-    In a statement ``?`` is a parameter, TABLE the table; RELAXED ends the condition of what needn't wait for the disk.
-
     Strategy: writing a record mostly changes no indexed column, which costs a fifth less.  So `due`,
     which is indexed, is never later than the real deadline, and only put right by the sweep that
     comes upon it.
     """
 
-    _mark, _relaxed = "?", ""  # what stands for ? and RELAXED here
+    _relaxed = ""  # ends the condition of what needn't wait for the disk
 
     def __init__(self, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time) -> None:
         super().__init__(secret=secret, place=table, lease=lease, clock=clock)
         if not (table.isidentifier() and table.isascii()):
             raise ValueError(f"table= is the name of a table (letters, digits, underscores), not {table!r}")
         self.table = table
-        self._texts: dict[str, str] = {}
-        self._create_table = [
+        self._create_table = (
             f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, record BYTEA NOT NULL, due DOUBLE PRECISION "
-            "NOT NULL, owner TEXT NOT NULL, holder TEXT NOT NULL, until DOUBLE PRECISION NOT NULL)",
-            f"CREATE INDEX IF NOT EXISTS {table}_due ON {table} (due)",
-            f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner <> ''",
-        ]
+            "NOT NULL, owner TEXT NOT NULL, holder TEXT NOT NULL, until DOUBLE PRECISION NOT NULL); "
+            f"CREATE INDEX IF NOT EXISTS {table}_due ON {table} (due); "
+            f"CREATE INDEX IF NOT EXISTS {table}_owner ON {table} (owner) WHERE owner <> ''"
+        )
 
     def _sql(self, sql: str, *args: object) -> Any:
-        """Run one statement in a transaction of its own; its rows, or how many it changed if it has none."""
+        """Run one statement (``?``: a parameter) in its own transaction; its rows, or how many it changed if none."""
         raise NotImplementedError
 
-    def _text(self, sql: str) -> str:
-        """The statement *sql* as this database has it; put together once."""
-        text = self._texts.get(sql)
-        if text is None:
-            text = sql.replace("RELAXED", self._relaxed).replace("?", self._mark).replace("TABLE", self.table)
-            self._texts[sql] = text
-        return text
-
     def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
-        sql = "INSERT INTO TABLE VALUES (?, ?, ?, ?, '', 0) ON CONFLICT (key) DO NOTHING"
+        sql = f"INSERT INTO {self.table} VALUES (?, ?, ?, ?, '', 0) ON CONFLICT (key) DO NOTHING"
         self._sql(sql, key, record, due, owner)
 
     def hold(self, key: str, token: str, now: float, until: float) -> Any:
         sql = (
-            "UPDATE TABLE SET holder = ?, until = ? WHERE key = ? AND (until <= ? OR holder = ?)"
-            " RELAXED RETURNING record"
+            f"UPDATE {self.table} SET holder = ?, until = ? WHERE key = ? AND (until <= ? OR holder = ?)"
+            f"{self._relaxed} RETURNING record"
         )
         if rows := self._sql(sql, token, until, key, now, token):
             return rows[0][0]
-        return HELD if self._sql("SELECT 1 FROM TABLE WHERE key = ?", key) else None
+        return HELD if self._sql(f"SELECT 1 FROM {self.table} WHERE key = ?", key) else None
 
     def read(self, key: str) -> bytes | None:
-        rows = self._sql("SELECT record FROM TABLE WHERE key = ?", key)
+        rows = self._sql(f"SELECT record FROM {self.table} WHERE key = ?", key)
         return rows[0][0] if rows else None
 
     def write(self, key: str, token: str, record: bytes, due: float, owner: str) -> bool:
         # The holder stays, so that the same again is answered the same.
-        sql = "UPDATE TABLE SET record = ?, until = 0 WHERE key = ? AND holder = ? AND owner = ? AND due <= ?"
+        sql = f"UPDATE {self.table} SET record = ?, until = 0 WHERE key = ? AND holder = ? AND owner = ? AND due <= ?"
         if self._sql(sql, record, key, token, owner, due):
             return True
         # It changes hands, or ends earlier than thought; or it isn't ours any more.
-        sql = "UPDATE TABLE SET record = ?, owner = ?, due = ?, until = 0 WHERE key = ? AND holder = ?"
+        sql = f"UPDATE {self.table} SET record = ?, owner = ?, due = ?, until = 0 WHERE key = ? AND holder = ?"
         return bool(self._sql(sql, record, owner, due, key, token))
 
     def free(self, key: str, token: str) -> None:
-        self._sql("UPDATE TABLE SET until = 0 WHERE key = ? AND holder = ?", key, token)
+        self._sql(f"UPDATE {self.table} SET until = 0 WHERE key = ? AND holder = ?", key, token)
 
     def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
         return bool(self._sql(*self._swap(key, old, new, due)))
@@ -2878,8 +2867,9 @@ class _SQLStore(PersistentStore):
     def _swap(self, key: str, old: bytes, new: bytes | None, due: float) -> tuple[Any, ...]:
         """The statement for `swap`, and its parameters."""
         if new is None:
-            return "DELETE FROM TABLE WHERE key = ? AND record = ? RELAXED", key, old
-        return "UPDATE TABLE SET record = ?, due = ? WHERE key = ? AND record = ? RELAXED", new, due, key, old
+            return f"DELETE FROM {self.table} WHERE key = ? AND record = ?{self._relaxed}", key, old
+        sql = f"UPDATE {self.table} SET record = ?, due = ? WHERE key = ? AND record = ?{self._relaxed}"
+        return sql, new, due, key, old
 
     def _tombstone(self, key: str) -> tuple[str, bytes, float]:
         """What stays under *key* for a minute: key, record, until when."""
@@ -2887,23 +2877,23 @@ class _SQLStore(PersistentStore):
         return key, _TOMBSTONE + b"%d" % end, end
 
     def delete(self, key: str) -> bytes | None:
-        rows = self._sql("DELETE FROM TABLE WHERE key = ? AND length(record) > 32 RETURNING record", key)
+        rows = self._sql(f"DELETE FROM {self.table} WHERE key = ? AND length(record) > 32 RETURNING record", key)
         return rows[0][0] if rows else None
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
-        sql = "SELECT key, record FROM TABLE WHERE due <= ? AND until <= ? ORDER BY due LIMIT ?"
+        sql = f"SELECT key, record FROM {self.table} WHERE due <= ? AND until <= ? ORDER BY due LIMIT ?"
         return self._sql(sql, now, now, limit)  # type: ignore[no-any-return]
 
     def owned(self, owner: str) -> list[tuple[str, bytes]]:
-        sql = "SELECT key, record FROM TABLE WHERE owner = ? AND owner <> ''"
+        sql = f"SELECT key, record FROM {self.table} WHERE owner = ? AND owner <> ''"
         return self._sql(sql, owner)  # type: ignore[no-any-return]
 
     def take(self, owner: str, keep: str) -> list[tuple[str, bytes]]:
-        sql = "DELETE FROM TABLE WHERE owner = ? AND owner <> '' AND key <> ? RETURNING key, record"
+        sql = f"DELETE FROM {self.table} WHERE owner = ? AND owner <> '' AND key <> ? RETURNING key, record"
         return self._sql(sql, owner, keep)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return int(self._sql("SELECT count(*) FROM TABLE WHERE length(record) > 32")[0][0])
+        return int(self._sql(f"SELECT count(*) FROM {self.table} WHERE length(record) > 32")[0][0])
 
 
 _sqlite_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
@@ -2982,10 +2972,8 @@ class SQLiteStore(_SQLStore):
         connection = self._sqlite.connect(self.path, timeout=10, **options)
         try:
             # Each write copies a page to the log, and sessions are small: a tenth of the time.  (For new files.)
-            for pragma in ("page_size=2048", "journal_mode=WAL", "synchronous=NORMAL"):
-                connection.execute(f"PRAGMA {pragma}").fetchall()
-            for statement in self._create_table:
-                connection.execute(statement)
+            pragmas = "PRAGMA page_size=2048; PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; "
+            connection.executescript(pragmas + self._create_table)
         except BaseException:
             connection.close()
             raise
@@ -2998,11 +2986,8 @@ class SQLiteStore(_SQLStore):
             # Strategy: what saves a session was opened before; to look again whether the file is there takes 3 %.
             if connection is None or "SET record" not in sql:
                 connection = self._connect()
-            return self._execute(connection, sql, *args)
-
-    def _execute(self, connection: Any, sql: str, *args: object) -> Any:
-        cursor = connection.execute(self._text(sql), args)
-        return cursor.fetchall() if cursor.description else cursor.rowcount
+            cursor = connection.execute(sql, args)
+            return cursor.fetchall() if cursor.description else cursor.rowcount
 
     def _together(self, *statements: tuple[Any, ...]) -> list[bool]:
         """Run *statements* in one transaction; did each change anything?"""
@@ -3010,7 +2995,7 @@ class SQLiteStore(_SQLStore):
             connection = self._connect()
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                done = [bool(self._execute(connection, sql, *args)) for sql, *args in statements]
+                done = [connection.execute(sql, args).rowcount > 0 for sql, *args in statements]
                 connection.execute("COMMIT")  # not by `with connection`: an exception may come just before its end
             finally:
                 if connection.in_transaction:
@@ -3021,9 +3006,9 @@ class SQLiteStore(_SQLStore):
         return self._together(*(self._swap(*verdict) for verdict in verdicts))
 
     def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
-        update = "UPDATE TABLE SET key = ?, record = ?, due = ?, owner = ?, until = ? WHERE key = ? AND holder = ?"
-        insert = "INSERT INTO TABLE SELECT ?, ?, ?, '', '', 0 WHERE changes() > 0"
-        moving = update, to, record, due, owner, until, key, token
+        sql = f"UPDATE {self.table} SET key = ?, record = ?, due = ?, owner = ?, until = ? WHERE key = ? AND holder = ?"
+        insert = f"INSERT INTO {self.table} SELECT ?, ?, ?, '', '', 0 WHERE changes() > 0"
+        moving = sql, to, record, due, owner, until, key, token
         return self._together(moving, (insert, *self._tombstone(key)))[0]
 
     def _disconnect(self) -> None:
@@ -3072,7 +3057,7 @@ class PostgresStore(_SQLStore):
     """
 
     # A hold needn't survive a crash of the server, nor what a sweep does, so they don't wait for the disk.
-    _mark, _relaxed = "%s", " AND set_config('synchronous_commit', 'off', true) = 'off'"
+    _relaxed = " AND set_config('synchronous_commit', 'off', true) = 'off'"
 
     def __init__(
         self,
@@ -3095,11 +3080,11 @@ class PostgresStore(_SQLStore):
         """See `_SQLStore`; the first makes the table, under a lock, since processes that start at once all try."""
         if not self._created:
             if self._execute("SELECT to_regclass(%s)", self.table)[0][0] is None:
-                self._execute("; ".join(["SELECT pg_advisory_xact_lock(7306377)", *self._create_table]))
+                self._execute("SELECT pg_advisory_xact_lock(7306377); " + self._create_table)
             self._created = True
         for attempt in itertools.count():
             try:
-                return self._execute(self._text(sql), *args)
+                return self._execute(sql.replace("?", "%s"), *args)
             except Exception as error:
                 # A serialization failure or deadlock: somebody else was at it, and all can be asked again.
                 details = error.args[0] if error.args and isinstance(error.args[0], dict) else {}  # pg8000's
@@ -3117,21 +3102,20 @@ class PostgresStore(_SQLStore):
             cursor = connection.cursor()
             try:
                 cursor.execute(sql, args) if args else cursor.execute(sql)
-                rows = cursor.fetchall() if cursor.description else cursor.rowcount
+                if not cursor.description:
+                    return cursor.rowcount
+                return [tuple(row.values()) if isinstance(row, dict) else row for row in cursor.fetchall()]
             finally:
                 cursor.close()
                 if not getattr(connection, "closed", False):
                     connection.autocommit = before
-        if isinstance(rows, int):
-            return rows
-        return [tuple(row.values()) if isinstance(row, dict) else row for row in rows]
 
     def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
         # In place, so that a DELETE that waits for this row finds it afterwards, too.
         sql = (
-            "WITH moved AS (UPDATE TABLE SET key = ?, record = ?, due = ?, owner = ?, until = ? "
+            f"WITH moved AS (UPDATE {self.table} SET key = ?, record = ?, due = ?, owner = ?, until = ? "
             "WHERE key = ? AND holder = ? RETURNING 1) "
-            "INSERT INTO TABLE SELECT ?, ?, ?, '', '', 0 FROM moved"
+            f"INSERT INTO {self.table} SELECT ?, ?, ?, '', '', 0 FROM moved"
         )
         return bool(self._sql(sql, to, record, due, owner, until, key, token, *self._tombstone(key)))
 
