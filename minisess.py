@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from typing import Any, Generic, NoReturn, TypeVar, overload
 
     Clock = Callable[[], float]
+    Connect = Callable[[], AbstractContextManager[Any]]
+    Path = str | os.PathLike[str]
     Secret = str | bytes | Sequence[str | bytes]
     D = TypeVar("D")
     I = TypeVar("I", bound="Interface")  # noqa: E741
@@ -2908,14 +2910,14 @@ class SQLiteStore(_SQLStore):
     arguments: see `PersistentStore`.
     """
 
+    # One connection for all threads, used by one at a time; which file it has open, and in which process.
+    _connection: Any = None
+    _file: Any = None
+    _process = 0
+    _turn: _Turn | None = None  # while the process forks
+
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        secret: Secret,
-        table: str = "minisess",
-        lease: float = 30,
-        clock: Clock = time.time,
+        self, path: Path, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time
     ) -> None:
         import sqlite3
 
@@ -2927,11 +2929,6 @@ class SQLiteStore(_SQLStore):
             raise ValueError("SQLiteStore needs a file: a :memory: of its own is what MemoryStore is")
         self.path = os.path.abspath(self.path)
         self._sqlite: Any = sqlite3
-        # One connection for all threads, used by one at a time; which file it has open, and whose it is.
-        self._connection: Any = None
-        self._file: Any = None
-        self._process = 0
-        self._turn: _Turn | None = None
         _sqlite_stores.add(self)
         self._ask(self._open)
 
@@ -3012,6 +3009,7 @@ class SQLiteStore(_SQLStore):
         return self._together(moving, (insert, *self._tombstone(key)))[0]
 
     def _disconnect(self) -> None:
+        """Close the connection, if there is one (alone)."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -3021,25 +3019,23 @@ class SQLiteStore(_SQLStore):
         with self.holds.alone("connection"):
             self._disconnect()
 
-    def __del__(self) -> None:
-        if getattr(self, "_connection", None) is not None:
-            self._connection.close()
+    __del__ = _disconnect
 
 
 def _before_fork() -> None:
     """Close what a child mustn't inherit: it would believe that it holds its parent's locks, too."""
     for store in list(_sqlite_stores):
-        store._turn = turn = store.holds.alone("connection")
+        turn = store.holds.alone("connection")
         turn.__enter__()  # after the statement in flight
+        store._turn = turn  # now: another thread may be at it, too
         store._disconnect()
 
 
 def _after_fork_in_parent() -> None:
     """Let others at the connections again."""
     for store in list(_sqlite_stores):
-        turn, store._turn = store._turn, None
-        if turn is not None:
-            turn.__exit__()
+        if store._turn is not None:
+            store._turn.__exit__()
 
 
 if hasattr(os, "register_at_fork"):
@@ -3060,13 +3056,7 @@ class PostgresStore(_SQLStore):
     _relaxed = " AND set_config('synchronous_commit', 'off', true) = 'off'"
 
     def __init__(
-        self,
-        connect: Callable[[], AbstractContextManager[Any]],
-        *,
-        secret: Secret,
-        table: str = "minisess",
-        lease: float = 30,
-        clock: Clock = time.time,
+        self, connect: Connect, *, secret: Secret, table: str = "minisess", lease: float = 30, clock: Clock = time.time
     ) -> None:
         if not callable(connect):
             raise TypeError(
