@@ -1446,13 +1446,15 @@ class _Closed:
 class _Writer(pickle.Pickler):
     """Pickles what is on *session* so that only plain values and declared classes take part.
 
-    No class or function gets into the record, but `_make`.  With *strict*, what can't be opened is an error.
+    No class or function gets into the record, but `_make`.
     """
 
-    def __init__(self, file: Any, session: Session, strict: bool = False) -> None:
+    trouble: Exception | None = None  # the error of the first thing written that can't be opened
+
+    def __init__(self, file: Any, session: Session) -> None:
         super().__init__(file, 5)
         self.memo = {id(_make): (0, _make)}
-        self.session, self.strict, self.name = session, strict, ""
+        self.session, self.name = session, ""
 
     def offence(self, offender: str) -> NotStorable:
         """The error for what can't be stored: where it is, and what to do."""
@@ -1495,23 +1497,12 @@ class _Writer(pickle.Pickler):
         if isinstance(obj, Session) and obj._record.key == self.session._record.key:
             return _make, ("", _SESSION)  # this view of it, or that of another request
         if kind is _Closed:
-            if self.strict:
-                raise obj.error
+            self.trouble = self.trouble or obj.error
             return obj.reduced()
         if isinstance(obj, type):
             raise self.offence(f"the class {_name(obj)} itself")
         if isinstance(obj, enum.Enum):
             return _make, (self.class_name(kind), _MEMBER, obj.name if obj.name in kind.__members__ else obj.value)
-        if kind is defaultdict:
-            factory: Any = obj.default_factory
-            if factory is not None and not isinstance(factory, type):
-                raise self.offence(f"a defaultdict with {factory!r}, which is no declared class, nor int, list, ...")
-            kept = "" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)
-            call: Any = (self.class_name(kind), _FACTORY, kept)
-            return _make, call, (None, None, list(obj.items())), None, None, _make
-        name = _name(kind)
-        if name == "datetime.timezone" or name == "zoneinfo.ZoneInfo" and obj.key is not None:
-            return _make, (name, _CALL, *([obj.key] if hasattr(obj, "key") else obj.__getinitargs__()))
         return self.reduced(obj, kind)
 
     def reduced(self, obj: Any, kind: type) -> tuple[Any, ...]:
@@ -1528,6 +1519,13 @@ class _Writer(pickle.Pickler):
         how: int = _CALL
         if cls is copyreg.__newobj__:  # type: ignore[attr-defined]
             (cls, *args), how = args, _NEW_OBJECT
+        elif kind is defaultdict:
+            factory, how = obj.default_factory, _FACTORY
+            if factory is not None and not isinstance(factory, type):
+                raise self.offence(f"a defaultdict with {factory!r}, which is no declared class, nor int, list, ...")
+            args = ["" if not factory else factory.__name__ if factory in _PLAIN else self.class_name(factory)]
+        elif _name(kind) in _SHARED:
+            cls, args, state = kind, [obj.key] if hasattr(obj, "key") else obj.__getinitargs__(), None
         elif not isinstance(cls, type):
             by = getattr(cls, "__qualname__", repr(cls))
             raise self.offence(f"an object of class {_name(kind)}, which is made by {by}()")
@@ -1563,15 +1561,9 @@ def _dump(session: Any) -> bytes:
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles with *make* for `_make`; no record gets at anything else."""
+    """Unpickles with *make* for `_make`, if it has one; no record gets at anything else."""
 
-    def __init__(self, content: bytes, make: Any = None) -> None:
-        if make is not None:
-            content = b"cm\nmake\n\x94." + content
-        self.make, self.file, self.size = make, io.BytesIO(content), len(content)
-        super().__init__(self.file)
-        if make is not None:
-            self.load()  # into the memo
+    make: Any = None
 
     def find_class(self, module: str, name: str) -> Any:
         """What a record asks for by name: our function, once, at the beginning."""
@@ -1628,15 +1620,13 @@ class _Failed(Exception):
 
 
 def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
-    """What is in *content*, by name; what has *failed* before is closed at once.
+    """What `_dump` wrote, by name; what has *failed* before is closed, and added is what fails to be made.
 
-    *failed* has the errors by number, in the order in which objects are made, or by the name of a
-    class.  Raises `_Failed` for an object that others have in hand when it turns out to fail.
+    What the record calls is made anew for each reading: all that a forged one can do to it dies with it.
     """
     made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
     numbers = itertools.count()
 
-    # It is made anew for each reading: all that a forged record can do to it dies with it.
     def make(name: Any, how: Any, *args: Any) -> Any:
         if type(how) is tuple:
             return fill(name, how)
@@ -1668,8 +1658,12 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
             raise _Failed(*made[id(obj)][1:], error) from error
 
     loaded: dict[str, Any] = {}
-    reader = _Reader(content, make)
-    while reader.file.tell() < reader.size:
+    content = b"cm\nmake\n\x94." + content
+    file = io.BytesIO(content)
+    reader = _Reader(file)
+    reader.make = make
+    reader.load()  # into the memo
+    while file.tell() < len(content):
         name, each = reader.load()
         if type(name) is not str:
             raise SealError("the record has another form than this version writes")
@@ -1695,13 +1689,14 @@ def _load(content: bytes, session: Any) -> tuple[dict[str, Any], bool]:
 
 def _trouble(session: Any, kept: object) -> Exception | None:
     """Why *kept* can't be opened: the error of what is closed in it."""
+    writer = _Writer(io.BytesIO(), session)
     try:
-        _Writer(io.BytesIO(), session, strict=True).dump(kept)
+        writer.dump(kept)
     except NotStorable:
         pass  # what it was written from could be written
     except Exception as error:
-        return error
-    return None
+        return writer.trouble or error
+    return writer.trouble
 
 
 # Memory store
@@ -2453,7 +2448,7 @@ class PersistentStore:
             raise SealError("the seal doesn't match: forged, damaged, or sealed with another secret")
         try:
             end = 8 + int(body[:8])
-            return _check_fields(_Reader(body[8:end]).load()), body[end:]
+            return _check_fields(_Reader(io.BytesIO(body[8:end])).load()), body[end:]
         except Exception as error:
             raise SealError(f"the record can't be read: {error}") from error
 
