@@ -2235,8 +2235,6 @@ class MemoryStore:
 #: What `PersistentStore.hold` answers for a record that somebody else holds.
 HELD: Any = object()
 
-# What stands in the place of a record that has moved to another key begins with this, and is shorter
-# than any record; then comes the UNIX time until which that is remembered, if the store doesn't know.
 _TOMBSTONE = b"\0"
 
 _NUMBERS = frozenset((float, int))
@@ -2259,6 +2257,10 @@ class _StoredRecord(_Record):
 
 
 def _is_tombstone(raw: bytes) -> bool:
+    """Is it what stands in the place of a record that has moved to another key?  It is shorter than any record.
+
+    After `_TOMBSTONE` comes the UNIX time until which that is remembered, if the store doesn't know.
+    """
     return raw[:1] == _TOMBSTONE and len(raw) < 32 and (len(raw) == 1 or raw[1:].isdigit())
 
 
@@ -2540,7 +2542,7 @@ class PersistentStore:
             return self._moved(raw)
         now = self.clock()
         if now >= record.expires:
-            _raise_first([self._discard(session, "", now)], spare=SystemExit)
+            self._discard(session, "", now, spare=SystemExit)
             return None
         record.lastModified = now
         return session
@@ -2590,9 +2592,7 @@ class PersistentStore:
             self._ask(self.insert, record.key, raw, record.expires, owner)
             _created(record)
         elif not self._ask(self.write, record.key, self._token, raw, record.expires, owner):
-            there = self.refresh(session)
-            self.holds.free(record.key, session._token)
-            if there:
+            if self.refresh(session):
                 raise self._lease_lost(session)
             return
         record.state, record.fields, record.content = _STORED, fields, content
@@ -2603,6 +2603,7 @@ class PersistentStore:
         """The error for a request whose lease is over, while its session lives on with another."""
         _log(logging.WARNING, "conflict", session.handle, "was taken over after its lease ran out: nothing is saved")
         session._base = (), b""  # what others have by now is never the same
+        self.holds.free(session._record.key, session._token)
         return SessionConflict(
             f"the request took longer than its lease of {self.lease:g} s and another one has changed the session "
             "meanwhile; nothing was saved: raise lease=, or call session.release() before the slow part",
@@ -2620,13 +2621,13 @@ class PersistentStore:
         raw = self._acquire(session, getattr(session._token(), "_patience", 10))
         if not raw or _is_tombstone(raw):
             self.release(session)
-            self._lose(session, moved=bool(raw))
+            self._lose(session, raw)
             return
         try:
             fields, theirs = self._unseal(record.key, raw)
             if self.clock() >= _expires(fields):
                 _lost(session)
-                _raise_first([self._discard(session, "", self.clock())], spare=SystemExit)
+                self._discard(session, "", self.clock(), spare=SystemExit)
             elif (fields[2:], theirs) != base:
                 raise _conflict(session)
             else:
@@ -2640,13 +2641,13 @@ class PersistentStore:
         if raw and not _is_tombstone(raw):
             return raw
         if session._record.state is _STORED:
-            self._lose(session, moved=bool(raw))
+            self._lose(session, raw)
         return b""
 
-    def _lose(self, session: Session, moved: bool = False) -> None:
-        """*session* has ended or *moved* on, which its request learns only now."""
+    def _lose(self, session: Session, raw: bytes) -> None:
+        """*session* has ended or moved on, as its request learns now: *raw* is nothing, or a tombstone."""
         record = session._record
-        if not moved:  # else another request has told the client of a new uid
+        if not raw:  # else another request has told the client of a new uid
             record.hold = self.holds.holders.get(record.key)
         _lost(session)
         session._cut()
@@ -2718,10 +2719,10 @@ class PersistentStore:
 
     def discard(self, session: Session) -> None:
         """End the session, stored or not: see `IStore`."""
-        _raise_first([self._discard(session, "logout")])
+        self._discard(session, "logout")
 
-    def _discard(self, session: Session, reason: str, now: float = 0) -> BaseException | None:
-        """Delete the record and end it, unless another was first; answers what its callbacks raised."""
+    def _discard(self, session: Session, reason: str, now: float = 0, spare: Any = ()) -> None:
+        """Delete the record and end it, unless another was first; raises as `_raise_first`."""
         record, error = session._record, None
         record.hold = self.holds.holders.get(record.key)
         if record.state is _STORED and self._ask(self.delete, record.key) is None:
@@ -2731,7 +2732,7 @@ class PersistentStore:
             error = record.end(reason, now)
         if record.hold is not None:
             self.holds.free(record.key, record.hold)
-        return error
+        _raise_first([error], spare)
 
     def _end(self, key: str, raw: bytes, reason: str, now: float = 0) -> BaseException | None:
         """End a record that was taken out."""
