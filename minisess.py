@@ -1439,9 +1439,6 @@ class _Closed:
     def __init__(self, error: Exception, *call: Any) -> None:
         self.error, self.call, self.filling = error, call, None
 
-    def reduced(self) -> tuple[Any, ...]:
-        return (_make, self.call) if self.filling is None else (_make, self.call, self.filling, None, None, _make)
-
 
 class _Writer(pickle.Pickler):
     """Pickles what is on *session* so that only plain values and declared classes take part.
@@ -1498,7 +1495,7 @@ class _Writer(pickle.Pickler):
             return _make, ("", _SESSION)  # this view of it, or that of another request
         if kind is _Closed:
             self.trouble = self.trouble or obj.error
-            return obj.reduced()
+            return (_make, obj.call) if obj.filling is None else (_make, obj.call, obj.filling, None, None, _make)
         if isinstance(obj, type):
             raise self.offence(f"the class {_name(obj)} itself")
         if isinstance(obj, enum.Enum):
@@ -2236,9 +2233,7 @@ class MemoryStore:
 HELD: Any = object()
 
 _TOMBSTONE = b"\0"
-
 _NUMBERS = frozenset((float, int))
-
 _get_fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*_FIELDS)
 
 
@@ -3023,7 +3018,7 @@ def _before_fork() -> None:
     for store in list(_sqlite_stores):
         turn = store.holds.alone("connection")
         turn.__enter__()  # after the statement in flight
-        store._turn = turn  # now: another thread may be at it, too
+        store._turn = turn  # not before: until now another thread may have had its own there
         store._disconnect()
 
 
