@@ -1426,7 +1426,7 @@ _warned: set[str] = set()
 
 
 def _make(*call: Any) -> Any:
-    """What a record calls, and all that it can.  It is never called: `_read` puts a function of its own in its place.
+    """What a record calls, and all that it can.  It is never called: `_maker` makes what is put in its place.
 
     ``_make(class's name, how, *args)`` makes an object, ``_make(object, (state, items, pairs))`` fills one.
     Strategy: both sides have it as number 0 in pickle's memo.  To name it in each record takes 2.5 us more.
@@ -1616,10 +1616,10 @@ class _Failed(Exception):
     """The object with this number, of a class with this name, can't be filled because of this error."""
 
 
-def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> dict[str, Any]:
-    """What `_dump` wrote, by name; what has *failed* before is closed, and added is what fails to be made.
+def _maker(session: Any, failed: dict[int | str, Exception]) -> Callable[..., Any]:
+    """What a record calls for `_make`; what has *failed* before is closed, and what can't be made is added.
 
-    What the record calls is made anew for each reading: all that a forged one can do to it dies with it.
+    It is made anew for each reading: all that a forged record can do to it dies with it.
     """
     made: dict[int, tuple[Any, int, str]] = {}  # by id, so that nothing else can be filled
     numbers = itertools.count()
@@ -1654,9 +1654,13 @@ def _read(content: bytes, session: Any, failed: dict[int | str, Exception]) -> d
         except Exception as error:
             raise _Failed(*made[id(obj)][1:], error) from error
 
-    loaded: dict[str, Any] = {}
+    return make
+
+
+def _read(content: bytes, make: Callable[..., Any]) -> dict[str, Any]:
+    """What `_dump` wrote, by name."""
     content = b"cm\nmake\n\x94." + content
-    file = io.BytesIO(content)
+    file, loaded = io.BytesIO(content), {}
     reader = _Reader(file)
     reader.make = make
     reader.load()  # into the memo
@@ -1677,7 +1681,7 @@ def _load(content: bytes, session: Any) -> tuple[dict[str, Any], bool]:
     failed: dict[int | str, Exception] = {}  # by the number of the object, or by the name of its class
     for attempt in itertools.count():
         try:
-            return _read(content, session, failed), bool(failed)
+            return _read(content, _maker(session, failed)), bool(failed)
         except _Failed as error:
             number, name, cause = error.args
             failed[number if attempt < 20 else name] = cause
