@@ -434,7 +434,6 @@ class AdapterRegistry:
             raise TypeError("registerAdapter(factory, original, *interfaces) needs at least one interface")
         _require_interfaces(interfaces)
         with _lock:
-            interfaces = tuple(dict.fromkeys(interfaces))
             known = dict(self._factories.get(original, {}))
             for interface in interfaces:
                 if interface in known:
@@ -442,10 +441,8 @@ class AdapterRegistry:
             for interface in interfaces:
                 known[interface] = factory
                 if interface not in self._targets:
-                    above = set(self.order(interface))
-                    bases = [t for t in self._targets if t in above]
-                    others = [t for t in self._targets if t not in above]
-                    self._targets = [*bases, interface, *others]
+                    is_above = set(self.order(interface)).__contains__
+                    self._targets = sorted([*self._targets, interface], key=is_above, reverse=True)
             self._factories[original] = known
             if isinstance(factory, type):
                 storable(factory)
@@ -454,16 +451,14 @@ class AdapterRegistry:
     def unregister(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
         """Undo `register` of the same arguments.  Raises KeyError for what isn't registered."""
         with _lock:
-            interfaces = tuple(dict.fromkeys(interfaces))
             known = dict(self._factories.get(original, {}))
-            for interface in interfaces:
-                if interface not in known or known[interface] != factory:
+            for interface in dict.fromkeys(interfaces):
+                if known.pop(interface, _MISSING) != factory:
                     raise KeyError((factory, original, interface))
-                del known[interface]
             self._factories[original] = known
             if not known:
                 del self._factories[original]
-            targets = {t for known in self._factories.values() for t in known}
+            targets = {t for each in self._factories.values() for t in each}
             self._targets = [t for t in self._targets if t in targets]
             self.forget()
 
@@ -474,11 +469,8 @@ class AdapterRegistry:
         interface also answers for its bases, the closest first.
         """
         for source in self.order(original):
-            known = self._factories.get(source)
-            if known:
-                if interface in known:
-                    return known[interface]
-                for target in self._targets:
+            if known := self._factories.get(source):
+                for target in (interface, *self._targets):
                     if target in known and issubclass(target, interface):
                         return known[target]
         return default
