@@ -341,15 +341,11 @@ def _merge(sequences: list[list[type]]) -> list[type] | None:
     """The C3 merge of Python's own method resolution order; None where there is no consistent order."""
     merged: list[type] = []
     while sequences := [s for s in sequences if s]:
-        for candidate in (s[0] for s in sequences):
-            if not any(candidate in s[1:] for s in sequences):
-                break
-        else:
+        candidate = next((s[0] for s in sequences if not any(s[0] in each[1:] for each in sequences)), None)
+        if candidate is None:
             return None
         merged.append(candidate)
-        for s in sequences:
-            if s[0] is candidate:
-                del s[0]
+        sequences = [[each for each in s if each is not candidate] for s in sequences]
     return merged
 
 
