@@ -1063,35 +1063,26 @@ class Session(Componentized):
             bool(closed) and isinstance(what, InterfaceMeta) and _name(what) in closed
         )
 
-    if TYPE_CHECKING:
+    if not TYPE_CHECKING:  # for checkers it is Componentized's
 
-        @overload
-        def getComponent(self, interface: type[I]) -> I | None: ...
-        @overload
-        def getComponent(self, interface: type[I], default: D) -> I | D: ...
+        def getComponent(self, interface, default=None):
+            """The component for *interface*, made and kept if an adapter is registered, or *default*.
 
-    def getComponent(self, interface: Any, default: Any = None) -> Any:
-        """The component for *interface*, made and kept if an adapter is registered, or *default*.
+            StoreError for one whose class is missing in this process, or fails.
+            """
+            closed = self._record.closed
+            if closed and interface in self and interface not in self._components:
+                kept, error = closed[_name(interface)]
+                if error is not None:
+                    name = interface.__name__
+                    raise _CannotOpen(
+                        f"the component kept for {_name(interface)} can't be opened ({error}); it stays as it is, "
+                        f"{name}(session, default) does without it, session.unsetComponent({name}) drops it"
+                    ) from error
+                self._components[interface] = kept  # the interface has been imported meanwhile
+            return Componentized.getComponent(self, interface, default)
 
-        StoreError for one whose class is missing in this process, or fails.
-        """
-        closed = self._record.closed
-        if closed and interface in self and interface not in self._components:
-            kept, error = closed[_name(interface)]
-            if error is not None:
-                name = interface.__name__
-                raise _CannotOpen(
-                    f"the component kept for {_name(interface)} can't be opened ({error}); it stays as it is, "
-                    f"{name}(session, default) does without it, session.unsetComponent({name}) drops it"
-                ) from error
-            self._components[interface] = kept  # the interface has been imported meanwhile
-        return Componentized.getComponent(self, interface, default)
-
-    def __conform__(self, interface: Any) -> Any:
-        # Strategy: where nothing is closed, its getComponent does no more than this: a quarter of a miss.
-        if self._record.closed:
-            return self.getComponent(interface)
-        return Componentized.getComponent(self, interface)
+        __conform__ = getComponent
 
     def setComponent(self, interface: type, component: object) -> None:
         """Make *component*, any object but None, the answer to ``interface(self)``."""
