@@ -412,10 +412,11 @@ class AdapterRegistry:
         self._targets: list[type] = []
 
     def register(self, factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
-        """Make ``factory(obj)`` adapt objects of *original*, a class or an interface, to each of *interfaces*.
+        """Make ``IFoo(obj)`` answer ``factory(obj)`` for objects of *original*, a class or an interface.
 
-        Raises `DuplicateAdapter` if a pair is taken (by the same factory, too) and TypeError for
-        what can't be an adapter; then nothing of the call is registered.
+        As twisted.python.components.registerAdapter.  An exception in *factory* propagates; if it
+        answers None, ``IFoo(obj)`` can't adapt.  Raises `DuplicateAdapter` if a pair is taken (by the
+        same factory, too) and TypeError for what can't be an adapter; then nothing is registered.
         """
         if not callable(factory):
             raise TypeError(f"an adapter factory is called with the object to adapt, {factory!r} can't be called")
@@ -522,6 +523,7 @@ class AdapterRegistry:
 
 
 registry = InterfaceMeta.registry = AdapterRegistry()
+registerAdapter = registry.register
 
 
 def implementer(*interfaces: type) -> Callable[[type[T]], type[T]]:
@@ -560,15 +562,6 @@ def implementedBy(cls: type) -> tuple[type, ...]:
 def providedBy(obj: object) -> tuple[type, ...]:
     """The interfaces declared for the class of *obj*, most specific first."""
     return implementedBy(type(obj))
-
-
-def registerAdapter(factory: Callable[[Any], object], original: type, *interfaces: type) -> None:
-    """Make ``IFoo(obj)`` answer ``factory(obj)`` for objects of *original*, a class or an interface.
-
-    As twisted.python.components.registerAdapter; see `AdapterRegistry.register` for the errors.
-    An exception in *factory* propagates; if it answers None, ``IFoo(obj)`` can't adapt.
-    """
-    registry.register(factory, original, *interfaces)
 
 
 # Components
