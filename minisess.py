@@ -174,14 +174,13 @@ class _CannotOpen(StoreError):
 _logger = logging.getLogger("minisess")
 
 
-def _log(level: int, event: str, handle: str, message: str, *args: object, **details: Any) -> None:
+def _log(level: int, event: str, handle: str, message: str, *args: object, exc_info: Any = None, **more: Any) -> None:
     """Log to ``logging.getLogger("minisess")`` what happened to the session *handle*; its uid is never shown.
 
     The record's attributes are *event* (a word), *session* (the handle), *owner* and *reason*.
     """
     if _logger.isEnabledFor(level):
-        exc_info = details.pop("exc_info", False)
-        extra = {"event": event, "session": handle, "owner": None, "reason": None, **details}
+        extra = {"event": event, "session": handle, "owner": None, "reason": None, **more}
         _logger.log(level, "session %s " + message, handle, *args, exc_info=exc_info, extra=extra, stacklevel=2)
 
 
@@ -997,15 +996,13 @@ class Session(Componentized):
         kept: Any = callback
         if self._store.strict:
             target, name = getattr(callback, "__self__", None), getattr(callback, "__name__", "")
-            for interface, component in list(self._components.items()):
-                if component is target and getattr(component, name, None) == callback:
-                    kept = _name(interface), name
-                    break
-            else:
+            names = [_name(interface) for interface, each in list(self._components.items()) if each is target]
+            if not names or getattr(target, name, None) != callback:
                 raise TypeError(
                     f"on a persistent store a callback is a method of one of the session's components, which "
                     f"{callback!r} isn't: setComponent() first, then session.notifyOnExpire(component.method)"
                 )
+            kept = names[0], name
         with self._store.holds.alone("callbacks"):
             self._record.callbacks = (*self._record.callbacks, kept)
 
@@ -1031,14 +1028,13 @@ class Session(Componentized):
         restarts of the browser; None: as the middleware says.
         """
         _check_owner(owner)
-        seconds = None if remember is None else _seconds(remember, "remember")
+        limits = None if remember is None else (_seconds(remember, "remember"),) * 2
         acting = self._acting("login")
         record, now = acting._record, acting._store.clock()
         usual = record.forgotten or (record.lifetime, record.max_lifetime)
-        lifetime, max_lifetime = usual if seconds is None else (seconds, seconds)
-        times = {"since": now, "lastModified": now, "cookie": None}
-        limits = {"lifetime": lifetime, "max_lifetime": max_lifetime, "forgotten": usual if seconds else None}
-        acting._store.renew(acting, owner=owner, **times, **limits)
+        lifetime, max_lifetime = limits or usual
+        fields = {"since": now, "lastModified": now, "cookie": None, "forgotten": usual if limits else None}
+        acting._store.renew(acting, owner=owner, lifetime=lifetime, max_lifetime=max_lifetime, **fields)
 
     def release(self) -> None:
         """Save it now and let its next request in: before a long download or an event stream.
@@ -1051,10 +1047,9 @@ class Session(Componentized):
 
     def __contains__(self, what: object) -> bool:
         """Is a component kept for the interface *what*, or an attribute of that name?  Makes none."""
-        closed = self._record.closed
-        return what in (vars(self) if isinstance(what, str) else self._components) or (
-            bool(closed) and isinstance(what, InterfaceMeta) and _name(what) in closed
-        )
+        if isinstance(what, str):
+            return what in vars(self)
+        return what in self._components or (isinstance(what, InterfaceMeta) and _name(what) in self._record.closed)
 
     if not TYPE_CHECKING:  # for checkers it is Componentized's
 
