@@ -748,7 +748,7 @@ class _Record:
     def __init__(self, uid: str, key: str, fields: tuple[Any, ...]) -> None:
         """An empty record of these `_FIELDS`; without *fields*, one that is filled later."""
         self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
-        self.due: float = 0  # under which deadline its store looks at it next; 0: it was in use then, see `_take`
+        self.due: float = 0  # the deadline under which its store will look at it next
         self.hold: Any = None  # who held it when it ended
         self.components: dict[Any, Any] = {}
         self.attributes: dict[str, Any] = {}
@@ -1833,6 +1833,7 @@ class MemoryStore:
         self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
         self._heaps: tuple[list[tuple[float, str]], ...] = ([], [])  # deadlines of anonymous sessions, and of owners'
         self._next = _NEVER  # no deadline is earlier
+        self._parked: set[_Record] = set()  # found in use when they were due: judged when they are let go
         # Views that have let go and may still be used, by weak references that remove themselves.
         self._running: set[Any] = set()
 
@@ -1869,7 +1870,7 @@ class MemoryStore:
         if record.state is not _STORED or record.key != uid:
             self.holds.free(uid, token)
             return self._missing(uid, now)
-        if now >= record.due and now >= record.expires:  # mostly the first will do
+        if (now >= record.due or self._parked) and now >= record.expires:  # mostly the first will do
             _raise_first(self._end([record], "", now), spare=SystemExit)
             return None
         record.lastModified = now
@@ -1886,7 +1887,7 @@ class MemoryStore:
             record = self._records[uid]
         except KeyError:
             return self._missing(uid, now)
-        if now < record.due or now < record.expires:
+        if now < record.due and not self._parked or now < record.expires:
             look = _look(self, record, request)
             self._running.add(ref(look, self._running.discard))
             if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
@@ -1907,7 +1908,7 @@ class MemoryStore:
             record.lastModified = self.clock()
             request = token()
             # Strategy: asked in this order, a response that is one list has no more to do than to free its hold.
-            if (request is None or not request._over or not record.due) and session._is_holding():
+            if (request is None or not request._over or self._parked) and session._is_holding():
                 self._let_go(session, request)
             self.holds.free(key, token)
         elif record.state is _ENDED:
@@ -1925,7 +1926,9 @@ class MemoryStore:
         If the response to *request* is over, it goes on sharing them with whoever holds the record.
         """
         record = session._record
-        self.schedule(record)
+        if record in self._parked:
+            self._parked.discard(record)
+            self.schedule(record)
         if request is None or not request._over:
             session._base = record.attributes.copy(), record.components.copy()
             session._detach()
@@ -2016,6 +2019,7 @@ class MemoryStore:
         fresh.set(key=uid, uid=uid, state=_STORED, **fields)  # by its key it has moved
         self._schedule(fresh)
         self._records.pop(old, None)
+        self._parked.discard(record)
         if fresh is not record:
             record.state = _ENDED
         if fresh is not record or new_owner != owner:
@@ -2113,6 +2117,7 @@ class MemoryStore:
             return False
         record.hold, record.state = self.holds.holders.get(record.key), _ENDED
         self._records.pop(record.key, None)
+        self._parked.discard(record)
         self._disown(record, record.owner)
         return True
 
@@ -2126,8 +2131,8 @@ class MemoryStore:
     # Deadlines
 
     def schedule(self, record: _Record) -> None:
-        """Have its deadline looked at, if it is earlier than known, or was let pass while it was in use."""
-        if record.state is _STORED and not 0 < record.due <= record.expires:
+        """Its lifetime has changed."""
+        if record.state is _STORED and record.expires < record.due:
             with self.holds.alone("moving"):
                 self._schedule(record)
 
@@ -2157,8 +2162,7 @@ class MemoryStore:
         for heap in self._heaps:
             if len(heap) > 4 * len(self._records) + 100:
                 # Three in four are void: those of renewed and ended sessions with long lifetimes.
-                records = self._records
-                heap[:] = {(due, key) for due, key in heap if key in records and records[key].due in (due, 0)}
+                heap[:] = {(due, key) for due, key in heap if key in self._records and due == self._records[key].due}
                 heapify(heap)
         return taken
 
@@ -2168,18 +2172,19 @@ class MemoryStore:
         record = self._records.get(key)
         if record is not None and record.key != key:
             self._records.pop(key, None)  # an exception has torn a move in two
-        if record is None or record.due not in (due, 0) or record.key != key:
+        if record is None or record.due != due or record.key != key:
             return []  # void
         if not self.holds.take_over(key, token):
-            record.due, due = 0, max(now, due) + 10  # in use: judged when it is let go, or if its request has died
+            record.due = max(now, due) + 10  # in use: judged when it is let go, or later if its request has died
+            self._parked.add(record)
         elif record.expires > max(now, due):
-            record.due = due = record.expires  # it was used after its entry was made
+            record.due = record.expires  # it was used after its entry was made
         else:
             self._take_out(record)
         self.holds.free(key, token)
         if record.state is _ENDED:
             return [record]
-        heappush(heap, (due, key))
+        heappush(heap, (record.due, key))
         return []
 
     def _evict(self, most: int, now: float, token: Any) -> list[_Record]:
