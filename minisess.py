@@ -1670,16 +1670,8 @@ def _trouble(session: Any, kept: object) -> Exception | None:
 # Memory store
 # ---------------------------------------------------------------------------
 
-
-class _Moved:
-    ended = True
-
-    def __repr__(self) -> str:
-        return "minisess.MOVED"
-
-
 #: The third answer of ``store.open(uid)``, beside a session and None: *uid* has moved on to a new one.
-MOVED: Any = _Moved()
+MOVED: Any = type("_Moved", (), {"ended": True, "__repr__": lambda self: "minisess.MOVED"})()
 
 # For how many seconds a store remembers that.  The browser's requests that were sent before the
 # login's answer came back arrive within it.
