@@ -1255,8 +1255,7 @@ class _Holds:
 
     def __init__(self) -> None:
         self.holders: dict[str, Any] = {}  # by key: the token
-        self.lines: dict[str, dict[int, Any]] = {}  # by key: weak references to those who wait, in order
-        self._numbers = itertools.count()
+        self.lines: dict[str, dict[ref[_Waiter], None]] = {}  # by key: those who wait, in order
         self._lock = threading.Lock()
         _all_holds.add(self)
 
@@ -1284,7 +1283,7 @@ class _Holds:
         if self.holders.get(key) is token and (key not in self.lines or not self._pass_on(key)):
             self.holders.pop(key, None)
         if key in self.lines:
-            for waiter in self._waiting(key)[:1]:  # who has it now, or has lined up meanwhile
+            for waiter in itertools.islice(self._waiting(key), 1):  # who has it now, or has lined up meanwhile
                 _unlock(waiter.lock)
 
     def _pass_on(self, key: str) -> bool:
@@ -1298,22 +1297,21 @@ class _Holds:
                 return True
         return False
 
-    def _waiting(self, key: str) -> list[_Waiter]:
+    def _waiting(self, key: str) -> Iterator[_Waiter]:
         """Those who still wait for *key*, in order."""
-        line = self.lines.get(key)
-        return [waiter for each in list(line.values()) if (waiter := each()) is not None] if line else []
+        return (waiter for each in list(self.lines.get(key, ())) if (waiter := each()) is not None)
 
     def wait(self, key: str, token: Any, patience: float) -> None:
         """Line up for *key*, which another holds."""
         self._refuse_nested(key)
-        waiter, number, end = _Waiter(token), next(self._numbers), time.monotonic() + patience
+        waiter, end = _Waiter(token), time.monotonic() + patience
         taken, line = False, {}
         try:
             while True:
                 # Each time anew: who leaves the line last takes it away, and may not see who has just come.
                 line = self.lines.setdefault(key, {})
-                line[number] = ref(waiter)
-                first = next((n for n, each in list(line.items()) if each() is not None), number) == number
+                line[ref(waiter)] = None
+                first = next(self._waiting(key), waiter) is waiter
                 taken = self.holders.get(key) is token or (first and self.take_over(key, token))
                 rest = end - time.monotonic()
                 if taken or rest <= 0:
@@ -1321,7 +1319,7 @@ class _Holds:
                 # The first looks now and then whether the holder has died, the others whether they are first.
                 waiter.lock.acquire(timeout=min(rest, 0.05 if first else 1))
         finally:
-            line.pop(number, None)
+            line.pop(ref(waiter), None)
             if not line:
                 self.lines.pop(key, None)
             if not taken:
@@ -1359,9 +1357,8 @@ def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     for holds in list(_all_holds):
-        # New ones, for without a GIL one of those threads may have locked the old ones for ever.
-        holds.holders, holds.lines = {}, {}
-        holds._lock = threading.Lock()
+        # With new dicts and a new lock: without a GIL those threads may have locked the old ones for ever.
+        holds.__init__()  # type: ignore[misc]
 
 
 if hasattr(os, "register_at_fork"):
@@ -1673,8 +1670,7 @@ def _trouble(session: Any, kept: object) -> Exception | None:
 #: The third answer of ``store.open(uid)``, beside a session and None: *uid* has moved on to a new one.
 MOVED: Any = type("_Moved", (), {"ended": True, "__repr__": lambda self: "minisess.MOVED"})()
 
-# For how many seconds a store remembers that.  The browser's requests that were sent before the
-# login's answer came back arrive within it.
+# For how many seconds it is remembered: what the browser sent before the login's answer came arrives within them.
 _REMEMBERED = 60
 
 _NEVER = float("inf")
@@ -1752,10 +1748,6 @@ class IStore(Interface):
         ...
 
 
-def _top(heap: list[tuple[float, str]]) -> tuple[float, str]:
-    return heap[0] if heap else (_NEVER, "")
-
-
 def _raise_first(errors: Iterable[BaseException | None], spare: Any = ()) -> None:
     """Raise the first of what callbacks raised that was no Exception, unless it is *spare*d.
 
@@ -1771,8 +1763,14 @@ def _created(record: _Record) -> None:
     _log(logging.INFO, "created", record.handle, "created", owner=record.owner)
 
 
-def _renewed(record: _Record, fields: dict[str, Any]) -> None:
-    _log(logging.INFO, "login" if "owner" in fields else "renewed", record.handle, "is its new id", owner=record.owner)
+def _renewed(session: Session, old: str, fresh: _Record, fields: dict[str, Any]) -> None:
+    """*session* has moved from the key *old* to *fresh*; the record that it had ends, if that is another."""
+    record, event = session._record, "login" if "owner" in fields else "renewed"
+    session._bind(fresh)
+    _log(logging.INFO, event, fresh.handle, "is its new id", owner=fresh.owner)
+    session._store.holds.free(old, session._token)
+    if fresh is not record:
+        _raise_first([record.end("another")])
 
 
 def _lost(session: Session) -> SessionError:
@@ -1811,9 +1809,9 @@ class MemoryStore:
     right when its entry comes to the top.  What adds, moves or ends a record is done alone.
     """
 
-    # Each access looks at no more due sessions than this.  It has to be over 1 for the abandoned
-    # ones to become fewer while each access adds one.
-    _batch = 4
+    # Each access looks at no more due sessions than this, anonymous ones and owners'.  It has to be
+    # over 1 for the abandoned ones to become fewer while each access adds one.
+    _batch = 2
 
     def __init__(self, *, capacity: int | None = None, strict: bool = False, clock: Clock = time.time) -> None:
         if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
@@ -1821,13 +1819,11 @@ class MemoryStore:
         self.capacity, self.strict, self.clock = capacity, strict, clock
         self.holds = _Holds()
         self._records: dict[str, _Record] = {}
-        self._owned: dict[str, dict[_Record, None]] = {}
+        self._owned: dict[str | None, dict[_Record, None]] = {}  # by owner, without the anonymous
         self._moved: dict[str, float] = {}  # uids that have moved, the oldest first: until when that is remembered
         self._heaps: tuple[list[tuple[float, str]], ...] = ([], [])  # deadlines of anonymous sessions, and of owners'
         self._next = _NEVER  # no deadline is earlier
-        self._parked: set[_Record] = set()  # found in use when they were due: judged when they are let go
-        # Views that have let go and may still be used, by weak references that remove themselves.
-        self._running: set[Any] = set()
+        self._running: set[Any] = set()  # weak references, which remove themselves, to views without a hold
 
     def __len__(self) -> int:
         return len(self._records)
@@ -1843,8 +1839,8 @@ class MemoryStore:
         Who had to wait looks again: the record may have ended or moved on meanwhile.
         """
         now = self.clock()
-        if now >= self._next:
-            self._reclaim(now)
+        if now >= self._next and not self.holds.is_held("moving"):  # else somebody is at it
+            self._reclaim(now, self._batch, spare=SystemExit)
         # Strategy: a dict's get() locks it on free-threaded CPython 3.13, [] doesn't.
         try:
             record = self._records[uid]
@@ -1862,8 +1858,8 @@ class MemoryStore:
         if record.state is not _STORED or record.key != uid:
             self.holds.free(uid, token)
             return self._missing(uid, now)
-        if (now >= record.due or self._parked) and now >= record.expires:  # mostly the first will do
-            _raise_first(self._end([record], "", now), spare=SystemExit)
+        if now >= record.due and now >= record.expires:  # mostly the first will do
+            self._end([record], "", now, spare=SystemExit)
             return None
         record.lastModified = now
         return session
@@ -1879,7 +1875,7 @@ class MemoryStore:
             record = self._records[uid]
         except KeyError:
             return self._missing(uid, now)
-        if now < record.due and not self._parked or now < record.expires:
+        if now < record.due or now < record.expires:
             look = _look(self, record, request)
             self._running.add(ref(look, self._running.discard))
             if record.key == uid and uid not in self._moved:  # still: who moves it later cuts it off
@@ -1891,26 +1887,22 @@ class MemoryStore:
     def save(self, session: Session) -> None:
         """Let go of a session that is stored; store one that is new and holds something: see `IStore`."""
         record, token = session._record, session._token
-        key = record.key
+        new = record.state is _NEW and not record.is_empty()
         if session._base is not None:
             self.save_late(session)
-        elif record.state is _STORED:
-            if self.strict:
-                _dump(session)
-            record.lastModified = self.clock()
-            request = token()
-            # Strategy: asked in this order, a response that is one list has no more to do than to free its hold.
-            if (request is None or not request._over or self._parked) and session._is_holding():
-                self._let_go(session, request)
-            self.holds.free(key, token)
-        elif record.state is _ENDED:
-            _lost(session)
-        elif record.state is _NEW and not record.is_empty():
+        elif record.state is _STORED or new:
             if self.strict:
                 _dump(session)
             record.lastModified = now = self.clock()
-            self._insert(record, now)
-            self._let_go(session, token())
+            if new:
+                self._insert(record, now)
+            request = token()
+            # Strategy: asked in this order, a response that is one list has no more to do than to free its hold.
+            if new or (request is None or not request._over or not record.due) and session._is_holding():
+                self._let_go(session, request)
+            self.holds.free(record.key, token)
+        elif record.state is _ENDED:
+            _lost(session)
 
     def _let_go(self, session: Session, request: Any) -> None:
         """From here on *session* has contents of its own, and is cut off when somebody moves its record.
@@ -1918,8 +1910,7 @@ class MemoryStore:
         If the response to *request* is over, it goes on sharing them with whoever holds the record.
         """
         record = session._record
-        if record in self._parked:
-            self._parked.discard(record)
+        if not record.due:
             self.schedule(record)
         if request is None or not request._over:
             session._base = record.attributes.copy(), record.components.copy()
@@ -1943,8 +1934,9 @@ class MemoryStore:
                 raise _conflict(session)
             else:
                 for theirs, ours in zip(shared, mine, strict=True):
-                    theirs.clear()
-                    theirs.update(ours)
+                    theirs.update(ours)  # first, so that an exception in between loses nothing
+                    for name in set(theirs) - set(ours):
+                        theirs.pop(name, None)
                 record.lastModified, session._base = now, tuple(each.copy() for each in mine)
         finally:
             self.holds.free(key, token)
@@ -1976,23 +1968,16 @@ class MemoryStore:
         token, now, uid, old, fresh = session._token, self.clock(), _new_uid(), record.key, record
         if record.owner not in (None, fields.get("owner", record.owner)):
             fresh = _Record(uid, uid, _new_fields(now, record.lifetime, record.max_lifetime))
-        if record.state is _STORED:
-            self.holds.take(uid, token, 0)
-            with self.holds.alone("moving"):
-                if self._records.get(old) is not record:
-                    self.holds.free(uid, token)
-                    raise _lost(session)
-                self._move(record, fresh, uid, fields)
-        elif record.state is _ENDED:  # at this moment
-            raise _lost(session)
-        else:
+        if record.state in (_NEW, _MOVED):
             state = _NEW if "owner" in fields else record.state  # a login makes a stand-in real
             fresh.set(uid=uid, key=uid, state=state, **fields)
-        session._bind(fresh)
-        _renewed(fresh, fields)
-        self.holds.free(old, token)
-        if fresh is not record:
-            _raise_first([record.end("another")])
+        else:
+            with self.holds.alone("moving"):
+                if record.state is _ENDED or self._records.get(old) is not record:  # at this moment
+                    raise _lost(session)
+                self.holds.take(uid, token, 0)
+                self._move(record, fresh, uid, fields)
+        _renewed(session, old, fresh, fields)
 
     def _move(self, record: _Record, fresh: _Record, uid: str, fields: dict[str, Any]) -> None:
         """Let *fresh*, mostly the same, be found under *uid* instead of *record* (alone).
@@ -2011,7 +1996,6 @@ class MemoryStore:
         fresh.set(key=uid, uid=uid, state=_STORED, **fields)  # by its key it has moved
         self._schedule(fresh)
         self._records.pop(old, None)
-        self._parked.discard(record)
         if fresh is not record:
             record.state = _ENDED
         if fresh is not record or new_owner != owner:
@@ -2031,10 +2015,10 @@ class MemoryStore:
 
     def _disown(self, record: _Record, owner: str | None) -> None:
         """Take *record* from the list of *owner* (alone)."""
-        if owner is not None:
-            self._owned.get(owner, {}).pop(record, None)
-            if not self._owned.get(owner):
-                self._owned.pop(owner, None)
+        owned = self._owned.get(owner, {})
+        owned.pop(record, None)
+        if not owned:
+            self._owned.pop(owner, None)
 
     def _insert(self, record: _Record, now: float) -> None:
         """Store a new record, and end what has expired or has to make room for it."""
@@ -2048,7 +2032,7 @@ class MemoryStore:
             self._records[record.key] = record
         _created(record)
         if ended:
-            _raise_first(self._finish(ended, "", now), spare=SystemExit)
+            self._finish(ended, "", now, spare=SystemExit)
 
     # Ending
 
@@ -2056,7 +2040,7 @@ class MemoryStore:
         """End the session, stored or not: see `IStore`."""
         record = session._record
         if record.state is _STORED:
-            _raise_first(self._end([record], "logout"))
+            self._end([record], "logout")
         elif record.state is not _ENDED:
             _raise_first([record.end("logout")])
 
@@ -2064,7 +2048,7 @@ class MemoryStore:
         """End all sessions of *owner* but *keep*; answers how many: see `IStore`."""
         _check_owner(owner)
         kept = None if keep is None else keep._record
-        return self._end_all([record for record in list(self._owned.get(owner, ())) if record is not kept])
+        return self._end([record for record in list(self._owned.get(owner, ())) if record is not kept], "all")
 
     def clear(self) -> int:
         """End everybody's sessions; answers how many: see `IStore`."""
@@ -2072,23 +2056,12 @@ class MemoryStore:
             for key, record in list(self._records.items()):
                 if record.key != key:  # an exception has torn a move in two
                     self._records.pop(key, None)
-        return self._end_all(list(self._records.values()))
-
-    def _end_all(self, records: list[_Record]) -> int:
-        """End *records*; answers how many."""
-        errors = self._end(records, "all")
-        _raise_first(errors)
-        return len(errors)
+        return self._end(list(self._records.values()), "all")
 
     def sweep(self) -> int:
         """End all that have expired and aren't held; answers how many: see `IStore`."""
-        now = self.clock()
-        with self.holds.alone("moving") as token:
-            self.holds.prune()
-            records = self._due(now, _NEVER, token)
-        errors = self._finish(records, "", now)
-        _raise_first(errors)
-        return len(errors)
+        self.holds.prune()
+        return self._reclaim(self.clock(), _NEVER)
 
     def sessions(self, owner: str) -> list[Session]:
         """Looks at the live sessions of *owner*, the oldest first: see `IStore`."""
@@ -2097,11 +2070,11 @@ class MemoryStore:
         live = [record for record in owned if record.state is _STORED and now < record.expires]
         return [_look(self, record) for record in sorted(live, key=attrgetter("created"))]
 
-    def _end(self, records: list[_Record], reason: str, now: float = 0) -> list[BaseException | None]:
-        """End those of *records* that are stored still; answers what the callbacks of each raised."""
+    def _end(self, records: list[_Record], reason: str, now: float = 0, spare: Any = ()) -> int:
+        """End those of *records* that nobody else has ended; answers how many."""
         with self.holds.alone("moving"):
             mine = [record for record in records if self._take_out(record)]
-        return self._finish(mine, reason, now)
+        return self._finish(mine, reason, now, spare)
 
     def _take_out(self, record: _Record) -> bool:
         """Take *record* out (alone); was it there?  Who takes it out ends it."""
@@ -2109,53 +2082,53 @@ class MemoryStore:
             return False
         record.hold, record.state = self.holds.holders.get(record.key), _ENDED
         self._records.pop(record.key, None)
-        self._parked.discard(record)
         self._disown(record, record.owner)
         return True
 
-    def _finish(self, records: list[_Record], reason: str, now: float) -> list[BaseException | None]:
+    def _finish(self, records: list[_Record], reason: str, now: float, spare: Any) -> int:
         """End what was taken out, when nobody has to wait for it any more: callbacks may use the store."""
         for record in records:
             self._cut(record)
             self.holds.free(record.key, record.hold)
-        return [record.end(reason, now) for record in records]
+        _raise_first([record.end(reason, now) for record in records], spare)
+        return len(records)
 
     # Deadlines
 
     def schedule(self, record: _Record) -> None:
-        """Its lifetime has changed."""
-        if record.state is _STORED and record.expires < record.due:
+        """Its lifetime has changed, or it may have been found in use when it was due."""
+        if record.state is _STORED and not 0 < record.due <= record.expires:
             with self.holds.alone("moving"):
                 self._schedule(record)
 
     def _schedule(self, record: _Record) -> None:
         """Have its deadline looked at; an earlier entry is void from now on (alone)."""
-        record.due = due = record.expires
+        due = record.expires
         heappush(self._heaps[record.owner is not None], (due, record.key))
-        self._next = min(self._next, due)
+        record.due, self._next = due, min(self._next, due)
 
-    def _reclaim(self, now: float) -> None:
-        """Look at some sessions that may be due, and end those that are, unless somebody is at it."""
-        if not self.holds.is_held("moving"):
-            with self.holds.alone("moving") as token:
-                records = self._due(now, self._batch, token)
-            _raise_first(self._finish(records, "", now), spare=SystemExit)
+    def _reclaim(self, now: float, limit: float, spare: Any = ()) -> int:
+        """Look at *limit* sessions that may be due, and end those that are; answers how many."""
+        with self.holds.alone("moving") as token:
+            records = self._due(now, limit, token)
+        return self._finish(records, "", now, spare)
 
     def _due(self, now: float, limit: float, token: Any) -> list[_Record]:
-        """Take out those that have expired, of *limit* that may have (alone)."""
+        """Take out those that have expired, of *limit* of each heap that may have (alone)."""
         taken: list[_Record] = []
-        while limit > 0 and (heap := min(self._heaps, key=_top)) and heap[0][0] <= now:
-            limit -= 1
-            taken += self._take(heap, now, token)
+        for heap in self._heaps:
+            left = limit
+            while left > 0 and heap and heap[0][0] <= now:
+                left -= 1
+                taken += self._take(heap, now, token)
+            if len(heap) > 4 * len(self._records) + 100:
+                # Three in four are void: those of renewed and ended sessions with long lifetimes.
+                heap[:] = {row for row in heap if (record := self._records.get(row[1])) and record.due in (0, row[0])}
+                heapify(heap)
         for uid, until in list(itertools.islice(self._moved.items(), self._batch)):
             if not now < until <= now + _REMEMBERED:  # or the clock was put back
                 self._moved.pop(uid, None)
-        self._next = min(next(iter(self._moved.values()), _NEVER), *(_top(heap)[0] for heap in self._heaps))
-        for heap in self._heaps:
-            if len(heap) > 4 * len(self._records) + 100:
-                # Three in four are void: those of renewed and ended sessions with long lifetimes.
-                heap[:] = {(due, key) for due, key in heap if key in self._records and due == self._records[key].due}
-                heapify(heap)
+        self._next = min([next(iter(self._moved.values()), _NEVER), *(heap[0][0] for heap in self._heaps if heap)])
         return taken
 
     def _take(self, heap: list[tuple[float, str]], now: float, token: Any) -> list[_Record]:
@@ -2164,19 +2137,17 @@ class MemoryStore:
         record = self._records.get(key)
         if record is not None and record.key != key:
             self._records.pop(key, None)  # an exception has torn a move in two
-        if record is None or record.due != due or record.key != key:
+        if record is None or record.due not in (0, due) or record.key != key:
             return []  # void
         if not self.holds.take_over(key, token):
-            record.due = max(now, due) + 10  # in use: judged when it is let go, or later if its request has died
-            self._parked.add(record)
+            record.due, due = 0, max(now, due) + 10  # in use: judged when it is asked for or let go, or later
         elif record.expires > max(now, due):
-            record.due = record.expires  # it was used after its entry was made
+            record.due = due = record.expires  # it was used after its entry was made
         else:
             self._take_out(record)
-        self.holds.free(key, token)
-        if record.state is _ENDED:
             return [record]
-        heappush(heap, (record.due, key))
+        self.holds.free(key, token)
+        heappush(heap, (due, key))
         return []
 
     def _evict(self, most: int, now: float, token: Any) -> list[_Record]:
@@ -2672,11 +2643,7 @@ class PersistentStore:
         elif "owner" in fields:
             fresh.state = _NEW  # a login makes a stand-in real
         fresh.set(uid=uid, key=new, **fields)
-        session._bind(fresh)
-        _renewed(fresh, fields)
-        self.holds.free(old, token)
-        if fresh is not record:
-            _raise_first([record.end("another")])
+        _renewed(session, old, fresh, fields)
 
     # Ending
 
