@@ -1809,9 +1809,9 @@ class MemoryStore:
     right when its entry comes to the top.  What adds, moves or ends a record is done alone.
     """
 
-    # Each access looks at no more due sessions than this, anonymous ones and owners'.  It has to be
-    # over 1 for the abandoned ones to become fewer while each access adds one.
-    _batch = 2
+    # Each access looks at no more due sessions of each heap than this.  It has to be over 1 for the
+    # abandoned ones to become fewer while each access adds one.
+    _batch = 4
 
     def __init__(self, *, capacity: int | None = None, strict: bool = False, clock: Clock = time.time) -> None:
         if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
@@ -2143,8 +2143,7 @@ class MemoryStore:
             record.due, due = 0, max(now, due) + 10  # in use: judged when it is asked for or let go, or later
         elif record.expires > max(now, due):
             record.due = due = record.expires  # it was used after its entry was made
-        else:
-            self._take_out(record)
+        elif self._take_out(record):
             return [record]
         self.holds.free(key, token)
         heappush(heap, (due, key))
