@@ -748,7 +748,7 @@ class _Record:
     def __init__(self, uid: str, key: str, fields: tuple[Any, ...]) -> None:
         """An empty record of these `_FIELDS`; without *fields*, one that is filled later."""
         self.uid, self.key, self.state = uid, key, _NEW  # its store keeps it under the key
-        self.due: float = 0  # the deadline under which its store will look at it next
+        self.due: float = 0  # the deadline under which its store looks at it next; 0: at each access
         self.hold: Any = None  # who held it when it ended
         self.components: dict[Any, Any] = {}
         self.attributes: dict[str, Any] = {}

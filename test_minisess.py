@@ -1923,11 +1923,11 @@ def interrupt_at(call, number, work):
     ("before", "work"),
     [
         (put(n=0), put(n=1)),
-        (None, put(n=1)),
+        (id, put(n=1)),
         (put(n=0), RENEW),
         (LOG_IN, lambda session: session.login("bob")),
         (put(n=0), EXPIRE),
-        (put(n=0), lambda session: session.release()),
+        (put(n=0), lambda session: session.release() or put(n=1)(session)),
     ],
     ids="changing creating renewing another ending releasing".split(),
 )
@@ -1936,6 +1936,7 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
     def afterwards(uid):
         """What must go on working, for this visitor (if the session is there still) and for others."""
         session = store.open(uid, patience=0)
+        assert not isinstance(session, Session) or vars(session) or session.owner  # nothing has emptied it
         session = session if isinstance(session, Session) else store.create(1000, 1000)
         session.after = 1
         session.renew()
@@ -1953,8 +1954,7 @@ def test_an_exception_at_any_bytecode_of_a_request_leaves_nothing_held(before, w
     call, number, there = 0, 0, True
     while there:
         session = store.create(1000, 1000)
-        if before:
-            before(session)
+        before(session)
         store.save(session)
         store.open(session.uid)  # by somebody who dies with it
         environ = Browser(None, cookies={"sid": session.uid}).environ()
