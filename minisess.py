@@ -3050,7 +3050,7 @@ class RedisStore(PersistentStore):
     _grace = 3600
 
     # Each is one call on one key, and answers a repetition like the first time: a record that was
-    # deleted stays for a minute as "was", with "by", who did it.
+    # deleted stays for a minute as "was", with "by", who did it; one that has moved is a tombstone, with "to".
     _HOLD = """-- ARGV: token, now, until
         local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'until')
         if not v[1] then return 0 end
@@ -3080,23 +3080,19 @@ class RedisStore(PersistentStore):
         redis.call('HSET', KEYS[1], 'record', ARGV[2], 'due', ARGV[3])
         if ARGV[4] ~= '' then redis.call('PEXPIRE', KEYS[1], ARGV[4]) end
         return 1"""
-    _DELETE = """-- ARGV: by, the record that it must be or ''
-        local v = redis.call('HMGET', KEYS[1], 'record', 'by', 'was', 'owner')
-        if v[2] == ARGV[1] then return {v[3], v[4]} end
-        if not v[1] or v[1] ~= (ARGV[2] == '' and #v[1] > 1 and v[1] or ARGV[2]) then return 0 end
+    _END = """-- ARGV: by, a field, what must be in it or '', the key to which the record moves or ''
+        local v = redis.call('HMGET', KEYS[1], 'record', 'owner', 'to', 'by', 'was', ARGV[2])
+        if v[4] == ARGV[1] then return {v[5], v[2], false} end
+        if not v[1] or v[3] and ARGV[2] ~= 'record' or ARGV[3] ~= '' and v[6] ~= ARGV[3] then
+            return {false, false, v[3]}
+        end
         redis.call('DEL', KEYS[1])
-        redis.call('HSET', KEYS[1], 'by', ARGV[1], 'was', v[1], 'owner', v[4])
+        redis.call('HSET', KEYS[1], 'by', ARGV[1], 'owner', v[2])
+        if ARGV[4] == '' then redis.call('HSET', KEYS[1], 'was', v[1])
+        else redis.call('HSET', KEYS[1], 'record', string.char(0), 'to', ARGV[4]) end
         redis.call('PEXPIRE', KEYS[1], 60000)
-        return {v[1], v[4]}"""
-    _LEAVE = """-- ARGV: token, to, seconds
-        local v = redis.call('HMGET', KEYS[1], 'record', 'holder', 'to', 'owner')
-        if v[3] == ARGV[2] then return v[4] end
-        if not v[1] or v[2] ~= ARGV[1] then return 0 end
-        redis.call('DEL', KEYS[1])
-        redis.call('HSET', KEYS[1], 'record', string.char(0), 'to', ARGV[2], 'owner', v[4])
-        redis.call('EXPIRE', KEYS[1], ARGV[3])
-        return v[4]"""
-    _SCRIPTS = (_HOLD, _WRITE, _FREE, _PARK, _SWAP, _DELETE, _LEAVE)
+        return {v[1], v[2], false}"""
+    _SCRIPTS = (_HOLD, _WRITE, _FREE, _PARK, _SWAP, _END)
 
     def __init__(
         self,
@@ -3150,11 +3146,14 @@ class RedisStore(PersistentStore):
             if pipeline.execute()[-1] < ttl:
                 self._client.pexpire(index, ttl)
 
-    def _unindex(self, key: str, owner: str | bytes) -> None:
-        """Have the record found no longer."""
-        self._client.zrem(self._due_index, key)
-        if owner:
-            self._client.zrem(self._owner_index(owner), key)
+    def _unindex(self, *gone: tuple[str, str | bytes]) -> None:
+        """Take the key of each out of the indexes, also out of that of its owner."""
+        pipeline = self._client.pipeline(transaction=False)
+        for key, owner in gone:
+            pipeline.zrem(self._due_index, key)
+            if owner:
+                pipeline.zrem(self._owner_index(owner), key)
+        pipeline.execute()
 
     def insert(self, key: str, record: bytes, due: float, owner: str) -> None:
         self._put(key, record, due, owner)
@@ -3191,44 +3190,41 @@ class RedisStore(PersistentStore):
 
     def swap(self, key: str, old: bytes, new: bytes | None, due: float) -> bool:
         if new is None:
-            return self.delete(key, old) is not None
+            return bool(self._remove("record", {key: old})[key][0])
         self._index(key, due, self._client.hget(self._place(key), "owner") or b"")
         return bool(self._eval(self._SWAP, key, old, new, due, "" if new == old else self._ttl(due)))
 
-    def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
+    def _remove(self, field: str, expected: dict[str, Any]) -> dict[str, Any]:
+        """Delete the record of each key, if what is expected, or "", is in its *field*; a tombstone only by its record.
+
+        For each key: the record that was deleted, or None; its owner; and the key to which it had moved.
+        """
         pipeline, by = self._client.pipeline(transaction=False), secrets.token_hex(8)
-        ended = [(key, old) for key, old, new, _ in verdicts if new is None]
-        for key, old in ended:
-            pipeline.execute_command("EVAL", self._DELETE, 1, self._place(key), by, old)  # a cluster's has no eval()
-        found = dict(zip([key for key, _ in ended], pipeline.execute(), strict=True))
-        pipeline = self._client.pipeline(transaction=False)
-        for key, answer in found.items():
-            if answer:
-                pipeline.zrem(self._due_index, key)
-            if answer and answer[1]:
-                pipeline.zrem(self._owner_index(answer[1]), key)
-        pipeline.execute()
-        return [bool(found[v[0]]) if v[2] is None else self.swap(*v) for v in verdicts]
+        for key, value in expected.items():  # a cluster's pipeline has no eval()
+            pipeline.execute_command("EVAL", self._END, 1, self._place(key), by, field, value, "")
+        answers = dict(zip(expected, pipeline.execute(), strict=True))
+        self._unindex(*((key, owner) for key, (record, owner, _) in answers.items() if record))
+        return answers
+
+    def settle(self, verdicts: list[tuple[str, bytes, bytes | None, float]]) -> list[bool]:
+        ended = self._remove("record", {key: old for key, old, new, _ in verdicts if new is None})
+        return [bool(ended[v[0]][0]) if v[2] is None else self.swap(*v) for v in verdicts]
 
     def move(self, key: str, token: str, to: str, record: bytes, due: float, owner: str, until: float) -> bool:
         # The new one first, but in no index: whoever deletes all of an owner's follows from the old one to it.
         self._put(to, record, due, owner, holder=token, until=until)
-        left = self._eval(self._LEAVE, key, token, to, _REMEMBERED)
-        if not isinstance(left, bytes):
+        left = self._eval(self._END, key, to, "holder", token, to)[1]
+        if left is None:
             self.delete(to)
             return False
         self._index(to, due, owner)
-        self._unindex(key, left)
+        self._unindex((key, left))
         if not self._client.hexists(self._place(to), "record"):  # ended before it was in the index
-            self._unindex(to, owner)
+            self._unindex((to, owner))
         return True
 
-    def delete(self, key: str, old: bytes = b"") -> bytes | None:
-        found = self._eval(self._DELETE, key, secrets.token_hex(8), old)
-        if not found:
-            return None
-        self._unindex(key, found[1])
-        return bytes(found[0])
+    def delete(self, key: str) -> bytes | None:
+        return self._remove("owner", {key: ""})[key][0]  # type: ignore[no-any-return]
 
     def due(self, now: float, limit: int) -> list[tuple[str, bytes]]:
         """See `PersistentStore`; looks on where all that was due is held or gone."""
@@ -3259,19 +3255,13 @@ class RedisStore(PersistentStore):
 
     def take(self, owner: str, keep: str) -> list[tuple[str, bytes]]:
         taken, index = [], self._owner_index(owner)
-        for key in [key.decode() for key in self._client.zrange(index, 0, -1)]:
-            while key != keep:
-                to, theirs = self._client.hmget(self._place(key), "to", "owner")
-                if to is not None:
-                    key = to.decode()  # it has moved
-                    continue
-                record = self.delete(key) if theirs == owner.encode() else None
-                if record is not None:
-                    taken.append((key, record))
-                elif self._client.hget(self._place(key), "to") is not None:
-                    continue  # at this moment
-                self._client.zrem(index, key)
-                break
+        listed = keys = [key.decode() for key in self._client.zrange(index, 0, -1) if key != keep.encode()]
+        while keys:
+            answers = self._remove("owner", dict.fromkeys(keys, owner))
+            taken += [(key, record) for key, (record, _, _) in answers.items() if record]
+            keys = [to.decode() for _, _, to in answers.values() if to and to != keep.encode()]
+        if listed:
+            self._client.zrem(index, *listed)
         return taken
 
     def __len__(self) -> int:
