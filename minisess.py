@@ -3282,15 +3282,9 @@ def _all_cookies(header: str, name: str) -> list[str]:
     come from another application on this or a parent domain.  Only ";" separates and only blanks
     are trimmed, as browsers do it: else a neighbour's cookie could carry one with a __Host- name.
     """
-    found: list[str] = []
-    for pair in header.split(";"):
-        key, _, value = pair.partition("=")
-        value = value.strip(' \t"')
-        if key.strip(" \t") == name and _is_uid(value) and value not in found:
-            found.append(value)
-            if len(found) == 4:
-                break
-    return found
+    pairs = (pair.partition("=") for pair in header.split(";"))
+    values = (value.strip(' \t"') for key, _, value in pairs if key.strip(" \t") == name)
+    return list(dict.fromkeys(filter(_is_uid, values)))[:4]
 
 
 def _check_cookie_options(
@@ -3423,17 +3417,17 @@ class _Exchange:
     def _search(self, uid: str, header: str, tried: str, found: Any, peeking: bool) -> Any:
         """Look at the other cookies, of which one may be the right one; most often there is no other."""
         middleware, name = self._middleware, self._middleware._names[self._secure]
-        others = [uid] if _is_uid(uid) and header.count(name) == 1 else _all_cookies(header, name)
-        for uid in dict.fromkeys([tried, *others] if tried else others):
-            if uid != tried:
+        is_only = _is_uid(uid) and header.count(name) == 1
+        for each in [uid] if is_only else _all_cookies(header, name):
+            if each != tried:
                 store = middleware.store
-                answer = store.peek(uid, self) if peeking else store.open(uid, middleware.patience, self)
+                answer = store.peek(each, self) if peeking else store.open(each, middleware.patience, self)
                 if answer is not None and answer is not MOVED:
-                    self._came = uid
+                    self._came = each
                     return answer
                 found = answer or found
             if _logger.isEnabledFor(logging.INFO):
-                handle = _hash(uid, getattr(middleware.store, "place", ""))[:16]
+                handle = _hash(each, getattr(middleware.store, "place", ""))[:16]
                 _log(logging.INFO, "unknown", handle, "has moved on, or isn't known (any more)")
         return found
 
