@@ -3584,6 +3584,15 @@ class _Exchange:
             if session is not None:
                 session._store.leave(session)
 
+    def finish(self, body: Any) -> None:
+        """Close the application's *body*, which may still use the session, and this."""
+        try:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+        finally:
+            self.close()
+
 
 class _Body:
     """The application's body, if it isn't a list: its first piece, or its end, lets the headers leave."""
@@ -3613,14 +3622,7 @@ class _Body:
         return chunk
 
     def close(self) -> None:
-        """PEP 3333: the server calls it, whatever happened."""
-        exchange = self._exchange
-        try:
-            close = getattr(self._result, "close", None)
-            if close is not None:
-                close()
-        finally:
-            exchange.close()
+        self._exchange.finish(self._result)
 
     def __del__(self) -> None:
         # A server that forgets close() doesn't leave the session locked.
@@ -3801,13 +3803,7 @@ class SessionMiddleware:
                 return result
             return _Body(exchange, result)
         except BaseException:
-            # Nobody else will close what there is.
-            try:
-                exchange.close()
-            finally:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+            exchange.finish(result)  # nobody else will
             raise
 
     def _is_file(self, environ: dict[str, Any], result: object) -> bool:
@@ -3848,13 +3844,8 @@ def _session_of_environ(environ: dict[str, Any]) -> Any:
     return session
 
 
-def _session_of_request(request: object) -> Any:
-    """The adapter from a framework's request."""
-    return _session_of_environ(_environ(request))
-
-
 registerAdapter(_session_of_environ, dict, ISession)
-registerAdapter(_session_of_request, object, ISession)
+registerAdapter(lambda request: _session_of_environ(_environ(request)), object, ISession)
 
 
 def peek(request: object) -> Session | None:
