@@ -3291,28 +3291,26 @@ def _check_cookie_options(
     name: str, secure: bool | None, samesite: str, domain: str | None, path: str, partitioned: bool
 ) -> None:
     """Raise ValueError for what RFC 6265 doesn't allow or browsers would refuse."""
-    for option, value in (("cookie", name), ("samesite", samesite), ("path", path), ("domain", domain or "")):
-        if not isinstance(value, str):
-            raise ValueError(f"{option}={value!r}: it is a str")
-    embedded, prefixed = samesite == "None" and secure, name.lower().startswith(("__host-", "__secure-"))
+    host = "localhost" if domain is None else domain
+    for option, value, pattern, rule in (
+        ("cookie", name, "[A-Za-z0-9!#$%&'*+.^_`|~-]+", "made of letters, digits and !#$%&'*+-.^_`|~"),
+        ("samesite", samesite, "Lax|Strict|None", "'Lax', 'Strict' or 'None'"),
+        ("path", path, "/[!-+.-:<-~-]*", "a slash and then visible ASCII characters but ; and ,"),
+        ("domain", host, "[.]*[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", "a domain; leave it out for this host alone"),
+    ):
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{option}={value!r}: it is a str, {rule}")
     if secure not in (None, True, False):
         raise ValueError(f"secure={secure!r}: it is True, False or None (by wsgi.url_scheme)")
-    if not re.fullmatch("[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-        raise ValueError(f"cookie={name!r}: a cookie's name is made of letters, digits and !#$%&'*+-.^_`|~")
-    if samesite not in ("Lax", "Strict", "None"):
-        raise ValueError(f"samesite={samesite!r}: it is 'Lax', 'Strict' or 'None'")
-    if samesite == "None" and not embedded:
+    if samesite == "None" and not secure:
         raise ValueError("samesite='None' needs secure=True: browsers refuse such cookies without Secure")
-    if partitioned and not embedded:
+    if partitioned and not (samesite == "None" and secure):
         raise ValueError("partitioned=True needs samesite='None' and secure=True: such cookies are for embedded pages")
-    if not re.fullmatch("/[!-+.-:<-~-]*", path):
-        raise ValueError(f"path={path!r} has to start with a slash and be made of visible ASCII characters but ; and ,")
-    if domain is not None and not re.fullmatch("[.]*[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", domain):
-        raise ValueError(f"domain={domain!r} is no domain; leave it out for this host alone")
-    if prefixed and not secure:
-        raise ValueError(f"cookie={name!r} needs secure=True: browsers refuse this prefix without Secure")
-    if prefixed and name[2] in "Hh" and (domain is not None or path != "/"):
-        raise ValueError(f"cookie={name!r} goes with path='/' and no domain=, that is what the prefix promises")
+    if name.lower().startswith(("__host-", "__secure-")):
+        if not secure:
+            raise ValueError(f"cookie={name!r} needs secure=True: browsers refuse this prefix without Secure")
+        if name[2] in "Hh" and (domain is not None or path != "/"):
+            raise ValueError(f"cookie={name!r} goes with path='/' and no domain=, that is what the prefix promises")
 
 
 # WSGI
