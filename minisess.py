@@ -3620,6 +3620,7 @@ class _Body:
         return chunk
 
     def close(self) -> None:
+        """PEP 3333: the server calls it, whatever happened."""
         self._exchange.finish(self._result)
 
     def __del__(self) -> None:
