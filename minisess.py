@@ -3624,7 +3624,7 @@ class _Body:
         self._exchange.finish(self._result)
 
     def __del__(self) -> None:
-        # A server that forgets close() doesn't leave the session locked.
+        """A server that forgets close() doesn't leave the session locked."""
         exchange = getattr(self, "_exchange", None)  # an exception may have come before there was one
         if exchange is not None and not exchange._over:
             exchange.close()
@@ -3858,8 +3858,7 @@ def peek(request: object) -> Session | None:
     In a MemoryStore components are live objects: what another request does to them is seen.
     """
     environ = _environ(request)
-    exchange = environ.get(_KEY)
+    exchange: _Exchange | None = environ.get(_KEY)
     if exchange is None:
         raise CannotAdapt(request, ISession, ISession.__advice__)
-    found: Session | None = exchange.peek(environ)
-    return found
+    return exchange.peek(environ)
