@@ -1257,6 +1257,7 @@ class _Holds:
         self.holders: dict[str, Any] = {}  # by key: the token
         self.lines: dict[str, dict[ref[_Waiter], None]] = {}  # by key: those who wait, in order
         self._lock = threading.Lock()
+        self.token, self.process = secrets.token_hex(8), os.getpid()  # who this process is, for stores outside of it
         _all_holds.add(self)
 
     def prune(self) -> None:
@@ -2266,16 +2267,10 @@ class PersistentStore:
             raise ValueError("secret= needs at least one secret: take secrets.token_hex(32)")
         self.place, self.lease, self.clock = place, _seconds(lease, "lease"), clock
         self.holds = _Holds()
-        self._name = secrets.token_hex(8)
         self._swept, self._created_count = time.monotonic(), itertools.count()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.place}>"
-
-    @property
-    def _token(self) -> str:
-        """Who holds a record there: this process, be it a fork of which nobody told Python (uWSGI's)."""
-        return f"{self._name}.{os.getpid()}"
 
     # What a subclass supplies
 
@@ -2432,13 +2427,17 @@ class PersistentStore:
 
     def _acquire(self, session: Session, patience: float) -> bytes:
         """Hold the record and answer it, waiting for others who hold it; b"" if there is none."""
+        if self.holds.process != os.getpid():
+            with _lock:
+                if self.holds.process != os.getpid():
+                    self.holds.__init__()  # type: ignore[misc]  # a fork of which nobody told Python, as uWSGI's
         end, pause = time.monotonic() + patience, 0.0005
         key, token, raw = session._record.key, session._token, HELD
         try:
             self.holds.take(key, token, patience)
             while True:
                 now = self.clock()
-                raw = self._ask(self.hold, key, self._token, now, now + self.lease)
+                raw = self._ask(self.hold, key, self.holds.token, now, now + self.lease)
                 if raw is not HELD:
                     return bytes(raw or b"")
                 rest = end - time.monotonic()
@@ -2524,7 +2523,7 @@ class PersistentStore:
         if new:
             self._ask(self.insert, record.key, raw, record.expires, owner)
             _created(record)
-        elif not self._ask(self.write, record.key, self._token, raw, record.expires, owner):
+        elif not self._ask(self.write, record.key, self.holds.token, raw, record.expires, owner):
             if self.refresh(session):
                 raise self._lease_lost(session)
             return
@@ -2612,7 +2611,7 @@ class PersistentStore:
         if session._is_holding():
             session._base = record.fields[2:], record.content
             try:
-                self._ask(self.free, record.key, self._token)
+                self._ask(self.free, record.key, self.holds.token)
             finally:
                 self.holds.free(record.key, session._token)
 
@@ -2633,7 +2632,7 @@ class PersistentStore:
             moved = tuple({**dict(zip(_FIELDS, fresh.fields, strict=True)), **fields}.values())
             raw, owner = self._seal(new, moved, fresh.content), self._owner(fields.get("owner", record.owner))
             due, until = _expires(moved), now + self.lease
-            if not self._ask(self.move, old, self._token, new, raw, due, owner, until):
+            if not self._ask(self.move, old, self.holds.token, new, raw, due, owner, until):
                 raise self._lease_lost(session) if self.refresh(session) else _lost(session)
             self.holds.take(new, token, 0)
             fresh.set(state=_STORED, fields=moved)
