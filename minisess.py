@@ -1260,6 +1260,13 @@ class _Holds:
         self.token, self.process = secrets.token_hex(8), os.getpid()  # who this process is, for stores outside of it
         _all_holds.add(self)
 
+    def notice_fork(self) -> None:
+        """Is this a fork of which nobody told Python, as uWSGI's are?  Then all is new, see `_after_fork`."""
+        if self.process != os.getpid():
+            with _lock:
+                if self.process != os.getpid():
+                    self.__init__()  # type: ignore[misc]
+
     def prune(self) -> None:
         """Let go of what the dead hold that nobody has asked for since."""
         heir = _Turn(self, "")
@@ -2427,10 +2434,7 @@ class PersistentStore:
 
     def _acquire(self, session: Session, patience: float) -> bytes:
         """Hold the record and answer it, waiting for others who hold it; b"" if there is none."""
-        if self.holds.process != os.getpid():
-            with _lock:
-                if self.holds.process != os.getpid():
-                    self.holds.__init__()  # type: ignore[misc]  # a fork of which nobody told Python, as uWSGI's
+        self.holds.notice_fork()
         end, pause = time.monotonic() + patience, 0.0005
         key, token, raw = session._record.key, session._token, HELD
         try:
